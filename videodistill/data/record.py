@@ -1,0 +1,31 @@
+"""One record for every dataset: a question about a stretch of a video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a video, whatever dataset it comes from.
+
+    Times are in seconds from the first displayed frame of the video.
+    """
+
+    question_id: str
+    video: str
+    """Path of the video file relative to the dataset's video folder."""
+    question: str
+    answer: str | None = None
+    choices: tuple[str, ...] | None = None
+    """The answers to choose from; ``None`` for an open-ended question."""
+    family: str | None = None
+    """The dataset's own question type ("CW", "count", ...)."""
+    reference: str | None = None
+    """"direct" or "indirect", where the dataset says."""
+    interval: tuple[float, float] | None = None
+    """The stretch of the video that the question is about; ``None`` is all of it."""
+    evidence: tuple[tuple[float, float], ...] = ()
+    """Ground-truth stretches that show the answer; empty when none are annotated."""
+    tags: tuple[str, ...] = field(default=())
+    """Further labels of the dataset, e.g. EgoTaskQA's reasoning types."""
