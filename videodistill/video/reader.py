@@ -1,0 +1,204 @@
+"""`FrameReader`: frames of one local video, chosen by time."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+
+from videodistill.errors import UserError
+from videodistill.video.container import VideoWarning, local_file, open_video
+from videodistill.video.index import index_packets
+from videodistill.video.picture import orientation_of, to_rgb
+from videodistill.video.pyav_decoder import PyAVDecoder, index_by_decoding, trim_to_decodable
+
+Backend = Literal["auto", "decord", "pyav"]
+
+# Times go through decimal text and float arithmetic; a microsecond is far below any frame.
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames of one video: images uint8 [n, H, W, 3] RGB, times float64 [n] s, indices int64 [n]."""
+
+    images: np.ndarray
+    times: np.ndarray
+    indices: np.ndarray
+
+
+class FrameReader:
+    """Reads frames of one local video file: `reader.read([12, 3])`, `reader.sample(32)`.
+
+    path: any video that FFmpeg decodes; only local files.
+    backend: "auto" takes decord where it is proven to give the same frames and PyAV elsewhere;
+    "decord" or "pyav" insist.
+
+    Opening reads all packets and decodes one frame. Attributes:
+        times: float64 [F], seconds from the first frame, ascending; one for each displayed frame.
+        duration: seconds, until the end of the last frame. fps: mean frames per second.
+        width, height: pixels, after the rotation that the file asks for.
+        frame_count: F. Never the count that the container declares.
+        backend, backend_reason: "decord" or "pyav", and why.
+        notices: tuple of lines that tell what is missing from a damaged file. Each is also given
+            as a `VideoWarning` when the file is opened.
+        frames_decoded: frames that PyAV decoded so far, wanted or on the way to a wanted one.
+            decord does not tell how many it decodes.
+
+    Raises `UserError` for a file that is missing, no video, or damaged; every method raises it for
+    a frame that cannot be decoded. Threads may share a reader: they take turns. After a fork each
+    process opens the file anew; nothing of the parent's reader is disturbed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, backend: Backend = "auto") -> None:
+        if backend not in ("auto", "decord", "pyav"):
+            raise ValueError(f"backend: expected 'auto', 'decord' or 'pyav', got {backend!r}")
+        self.path = local_file(path)
+        container, stream = open_video(self.path)
+        with container:
+            index = index_packets(container, stream)
+            self._container_name = container.format.name
+            self._codec_name = stream.codec_context.codec.canonical_name
+        if index.by_count:
+            index = index_by_decoding(self.path, index)
+        self._owner, self._lock = os.getpid(), threading.Lock()
+        self._decoder: PyAVDecoder | None = PyAVDecoder(self.path, index)
+        self._closed = False
+        try:
+            self._look_at_first_frame()
+            self._choose_backend(backend)
+        except BaseException:
+            self.close()
+            raise
+        for notice in self.notices:
+            warnings.warn(f"{self.path}: {notice}", VideoWarning, stacklevel=2)
+
+    def _look_at_first_frame(self) -> None:
+        found = self._decoder.first_frame() if len(self._decoder.index.pts) else None
+        if found is None:
+            raise UserError(f"{self.path}: holds no frame that can be decoded: get the file again")
+        identity, frame = found
+        if not self._decoder.index.by_count:
+            self._decoder.index = trim_to_decodable(self._decoder.index, identity, self.path)
+        self._index = index = self._decoder.index
+        self._stored = (frame.height, frame.width)
+        self._pixels = frame.format.name
+        self._colours = (int(frame.colorspace), int(frame.color_range))
+        self.orientation = orientation_of(frame)
+        self.height, self.width = self.orientation.size(*self._stored)
+        self.times = index.seconds()
+        self.frame_count = len(self.times)
+        self.duration = float(self.times[-1] + index.last_duration * float(index.time_base))
+        self.fps = self.frame_count / self.duration
+        self.notices = index.notices
+
+    def _choose_backend(self, asked: Backend) -> None:
+        self.backend, self.backend_reason = "pyav", "asked for"
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 [n, height, width, 3] RGB: the frames of these numbers, in this order.
+
+        Any order, repeats allowed; each distinct frame is decoded once, and what lies between two
+        wanted ones only as far back as the nearest keyframe. Raises `IndexError` for a number
+        outside [0, frame_count) and `UserError` for a frame that cannot be decoded.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        outside = wanted[(wanted < 0) | (wanted >= self.frame_count)]
+        if len(outside):
+            raise IndexError(f"frame {outside[0]} of {self.path}: it has {self.frame_count} frames")
+        distinct, place = np.unique(wanted, return_inverse=True)
+        with self._mine():
+            images = self._read_pyav(distinct)
+        if np.array_equal(distinct, wanted):
+            return images
+        return images[place]
+
+    def _read_pyav(self, ascending: np.ndarray) -> np.ndarray:
+        images = np.empty((len(ascending), self.height, self.width, 3), np.uint8)
+        for image, i in zip(images, ascending.tolist(), strict=True):
+            image[:] = self.orientation.apply(to_rgb(self._decoder.frame(i), *self._stored))
+        return images
+
+    def _mine(self) -> threading.Lock:
+        """The lock, with a decoder that belongs to this process."""
+        if self._closed:
+            raise ValueError(f"the reader of {self.path} is closed")
+        if self._owner != os.getpid():
+            self._owner, self._lock = os.getpid(), threading.Lock()
+            self._decoder = PyAVDecoder(self.path, self._index)
+        return self._lock
+
+    @property
+    def frames_decoded(self) -> int:
+        return self._decoder.frames_decoded
+
+    def indices_at(self, times: Sequence[float]) -> np.ndarray:
+        """int64 [n]: the frame on screen at each of these seconds, clamped to the first and last."""
+        seconds = np.asarray(times, dtype=np.float64).reshape(-1)
+        if np.isnan(seconds).any():
+            raise ValueError("times: expected seconds, got NaN")
+        found = np.searchsorted(self.times, seconds + _TOLERANCE, side="right") - 1
+        return np.clip(found, 0, self.frame_count - 1).astype(np.int64)
+
+    def sample_indices(
+        self, n: int, start: float | None = None, end: float | None = None
+    ) -> np.ndarray:
+        """int64 [≤ n]: frames at the centres of n equal slices of [start, end) seconds, ascending.
+
+        The whole video by default; an `end` past the end means the end. Where the interval holds
+        no more than n frames it gives each of them once. With a variable frame rate one frame may
+        fill several slices: then it comes several times. Raises `UserError` for an interval that
+        holds nothing.
+        """
+        if n < 1:
+            raise ValueError(f"n: expected at least 1 frame, got {n}")
+        start = 0.0 if start is None else float(start)
+        end = self.duration if end is None else min(float(end), self.duration)
+        if not 0 <= start < self.duration:
+            raise UserError(
+                f"{self.path}: start {start:g} s lies outside the video, "
+                f"which lasts {self.duration:.3f} s: choose a start inside it"
+            )
+        if not start < end:
+            raise UserError(
+                f"{self.path}: the interval from {start:g} to {end:g} s holds nothing: "
+                f"choose an end after the start"
+            )
+        first, last = self.indices_at([start, end - 2 * _TOLERANCE])
+        if last - first + 1 <= n:
+            return np.arange(first, max(first, last) + 1)
+        return self.indices_at(start + (np.arange(n) + 0.5) * ((end - start) / n))
+
+    def sample(self, n: int, start: float | None = None, end: float | None = None) -> Frames:
+        """The frames that `sample_indices` names, read."""
+        indices = self.sample_indices(n, start, end)
+        return Frames(self.read(indices), self.times[indices], indices)
+
+    def close(self) -> None:
+        """Closes the file; `times` and the like stay. Closing twice does nothing."""
+        self._closed = True
+        if self._decoder is not None and self._owner == os.getpid():
+            self._decoder.close()
+
+    def __enter__(self) -> FrameReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"FrameReader({self.path!r}: {self.frame_count} frames, {self.duration:.3f} s, "
+            f"{self.width}x{self.height}, {self.backend})"
+        )
