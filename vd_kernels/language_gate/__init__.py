@@ -1,0 +1,1 @@
+"""Gated cross-modal scoring: language scales what vision already holds and adds nothing to it."""
