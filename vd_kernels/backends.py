@@ -96,7 +96,7 @@ def _build_failure() -> str:
     """Why setup.py did not build the module; empty when it built it or left no record."""
     try:
         reason = json.loads(_BUILD_RECORD.read_text(encoding="utf-8"))["reason"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f"not built: {reason}" if reason else ""
 

@@ -1,0 +1,99 @@
+"""Backends explain themselves: in Python, and as what `python -m vd_kernels` prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vd_kernels import backends
+from vd_kernels.__main__ import render
+from vd_kernels._version import __version__
+
+
+@pytest.fixture
+def without_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vd_kernels._C", None)
+    backends.load_compiled.cache_clear()
+    yield
+    backends.load_compiled.cache_clear()
+
+
+def by_name(found: backends.Explanation) -> dict[str, backends.Backend]:
+    return {backend.name: backend for backend in found.backends}
+
+
+def test_every_backend_runs_or_says_why_not() -> None:
+    found = backends.explain()
+    assert tuple(backend.name for backend in found.backends) == backends.BACKENDS
+    assert by_name(found)["reference"].available
+    for backend in found.backends:
+        assert backend.available == (backend.lacks == ())
+        assert all(lack.strip() for lack in backend.lacks)
+
+
+def test_gpu_backends_name_the_missing_gpu() -> None:
+    if torch.cuda.device_count():
+        pytest.skip("this machine has a GPU")
+    for name in ("cuda", "triton"):
+        lacks = " ".join(by_name(backends.explain())[name].lacks)
+        assert "built for CPUs only" in lacks or "sees no GPU" in lacks
+
+
+def test_versions_are_the_imported_ones() -> None:
+    versions = backends.explain().versions
+    assert versions["vd_kernels"] == __version__
+    assert versions["torch"] == torch.__version__
+    assert versions["Python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_explaining_does_not_initialise_cuda() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("another test of this process has initialised CUDA")
+    backends.explain()
+    assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.usefixtures("without_compiled")
+def test_failed_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = tmp_path / "_build_info.json"
+    record.write_text('{"built": false, "reason": "g++: not found"}', encoding="utf-8")
+    monkeypatch.setattr(backends, "_BUILD_RECORD", record)
+    found = backends.explain()
+    assert found.compiled == {}
+    assert found.compiled_reason == "not built: g++: not found"
+    assert found.compiled_reason in by_name(found)["cpp"].lacks
+    assert "not built: g++: not found" in render(found)
+
+
+@pytest.mark.usefixtures("without_compiled")
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"built": true, "reason": ""}'])
+def test_missing_or_damaged_record_leaves_the_import_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
+) -> None:
+    record = tmp_path / "_build_info.json"
+    if text is not None:
+        record.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(backends, "_BUILD_RECORD", record)
+    assert "vd_kernels._C cannot be loaded" in backends.explain().compiled_reason
+
+
+def test_command_prints_an_aligned_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vd_kernels"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    heading = lines[lines.index("Backends") + 1]
+    assert heading.split() == ["backend", "here", "runs", "on", "lacks"]
+    column = heading.index("lacks")
+    told = [line for line in lines if "implementation in this version" in line]
+    assert [line.index("no operator has") for line in told] == [column] * len(told)
+    assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)

@@ -1,0 +1,143 @@
+"""setup.py, run on a copy of the sources: what it builds, what it does when it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vd_kernels._version import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE_FILE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+
+
+@dataclass(frozen=True)
+class Build:
+    returncode: int
+    output: str
+    package: Path
+
+    @property
+    def module(self) -> Path:
+        return self.package / MODULE_FILE
+
+    @property
+    def record(self) -> dict[str, object]:
+        return json.loads((self.package / "_build_info.json").read_text(encoding="utf-8"))
+
+
+def build(folder: Path, **environment: str) -> Build:
+    """Run `setup.py build_ext` in a fresh copy of the sources; the checkout stays as it is."""
+    source = folder / "source"
+    (source / "vd_kernels").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    (source / "README.md").write_text("", encoding="utf-8")
+    shutil.copy(ROOT / "vd_kernels" / "_version.py", source / "vd_kernels")
+    (source / "vd_kernels" / "__init__.py").write_text("", encoding="utf-8")
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("VD_BUILD")}
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "tmp"],
+        cwd=source,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return Build(run.returncode, run.stdout + run.stderr, source / "lib" / "vd_kernels")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler; set CXX to one")
+    return build(tmp_path_factory.mktemp("build"), VD_BUILD_CPP="1")
+
+
+@pytest.fixture(scope="module")
+def compiled(built: Build) -> ModuleType:
+    assert built.returncode == 0, built.output
+    spec = importlib.util.spec_from_file_location("_C", built.module)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_is_recorded_and_tells_what_it_is(built: Build, compiled: ModuleType) -> None:
+    info = compiled.build_info()
+    assert built.record == {"built": True, "reason": ""}
+    assert info["version"] == __version__
+    assert info["cpu_isa"] == ("scalar",)
+    assert info["cuda_architectures"] == ()
+    assert info["cpp_standard"] == 201703
+    assert any(character.isdigit() for character in info["compiler"])
+
+
+def test_compiled_module_is_warning_free_and_reproducible(built: Build, tmp_path: Path) -> None:
+    again = build(tmp_path, VD_BUILD_CPP="1", CXXFLAGS="-Werror")
+    assert again.returncode == 0, again.output
+    assert again.module.read_bytes() == built.module.read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc/cpuinfo")
+def test_cpu_features_agree_with_the_kernel(compiled: ModuleType) -> None:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    found = compiled.cpu_features()
+    assert {name for name, present in found.items() if present} == set(found) & set(flags)
+
+
+def test_cpu_levels_are_nested(compiled: ModuleType) -> None:
+    levels = compiled.cpu_isa_levels()
+    assert levels == ("scalar", "avx2", "avx512", "amx")[: len(levels)]
+    assert len(levels) >= 1
+    assert ("avx512" in levels) <= compiled.cpu_features()["avx512f"]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        assert levels == ("scalar",)
+
+
+def test_without_compiler_the_install_goes_on_and_says_why(tmp_path: Path) -> None:
+    result = build(tmp_path, CXX="no-such-compiler")
+    assert result.returncode == 0, result.output
+    assert not result.module.exists()
+    assert result.record["built"] is False
+    assert "no-such-compiler" in result.record["reason"]
+    assert "vd_kernels._C was not built" in result.output
+
+
+def test_broken_compiler_flag_is_named(tmp_path: Path) -> None:
+    result = build(tmp_path, CXXFLAGS="-std=no-such-standard")
+    assert result.returncode == 0, result.output
+    assert "no-such-standard" in result.record["reason"]
+
+
+def test_a_build_that_was_asked_for_must_succeed(tmp_path: Path) -> None:
+    result = build(tmp_path, VD_BUILD_CPP="1", CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert "VD_BUILD_CPP=1" in result.output
+    assert "no-such-compiler" in result.output
+
+
+def test_build_can_be_left_out(tmp_path: Path) -> None:
+    result = build(tmp_path, VD_BUILD_CPP="0", CXX="no-such-compiler")
+    assert result.returncode == 0, result.output
+    assert not result.module.exists()
+    assert "VD_BUILD_CPP=0" in result.record["reason"]
+
+
+def test_unknown_setting_names_the_allowed_ones(tmp_path: Path) -> None:
+    result = build(tmp_path, VD_BUILD_CPP="yes")
+    assert result.returncode != 0
+    assert "VD_BUILD_CPP='yes': allowed are 0, 1, or unset" in result.output
