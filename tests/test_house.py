@@ -1,0 +1,133 @@
+"""The distribution holds together: versions, commands, pins, and what is under version control."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pytest brings it there
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+INSTALLED_EXTRAS = re.search(r"^EXTRAS \?= (.+)$", MAKEFILE, re.MULTILINE).group(1).split(",")
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def texts(tracked: list[Path]) -> dict[Path, str]:
+    """Each tracked file that holds no NUL byte, decoded; one that is not UTF-8 is an error here."""
+    contents = {path: path.read_bytes() for path in tracked}
+    return {path: data.decode("utf-8") for path, data in contents.items() if b"\0" not in data}
+
+
+def test_both_packages_have_the_distributions_version() -> None:
+    versions = {
+        name: importlib.import_module(name).__version__
+        for name in ("vd_kernels", "videodistill", "vd_kernels._version")
+    }
+    assert len(set(versions.values())) == 1, versions
+
+
+def test_installed_metadata_is_of_this_version() -> None:
+    try:
+        installed = importlib.metadata.version("videodistill")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("videodistill is not installed")
+    assert installed == importlib.import_module("vd_kernels._version").__version__
+
+
+@pytest.mark.parametrize("script", sorted(PROJECT["project"]["scripts"]))
+def test_console_script_can_be_imported(script: str) -> None:
+    module, function = PROJECT["project"]["scripts"][script].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_every_installed_requirement_is_pinned_within_its_range(python: str) -> None:
+    here = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+    }
+    pins: dict[str, Version] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate(here):
+            assert pin.name not in pins, f"{pin.name} is pinned twice for Python {python}"
+            pins[pin.name] = Version(str(pin.specifier).removeprefix("=="))
+    wanted = [*PROJECT["build-system"]["requires"], *PROJECT["project"]["dependencies"]]
+    for extra in INSTALLED_EXTRAS:
+        wanted += PROJECT["project"]["optional-dependencies"][extra]
+    for requirement in map(Requirement, wanted):
+        assert requirement.name in pins, f"{requirement.name} is not in constraints.txt"
+        assert requirement.specifier.contains(pins[requirement.name]), str(requirement)
+
+
+def test_torch_is_neither_a_build_requirement_nor_pinned() -> None:
+    assert not any(Requirement(r).name == "torch" for r in PROJECT["build-system"]["requires"])
+    torch = next(r for r in PROJECT["project"]["dependencies"] if Requirement(r).name == "torch")
+    assert "==" not in torch
+
+
+def make_targets() -> set[str]:
+    return set(re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.MULTILINE).group(1).split())
+
+
+def test_make_alone_prints_every_target() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"^  make ([a-z-]+) +\S", done.stdout, re.MULTILINE)) == make_targets()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_make_commands_of_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^\s*\$?\s*|`)make ([a-z][a-z-]*)", text, re.MULTILINE))
+    assert named, f"{document} names no make command"
+    assert named <= make_targets()
+
+
+def test_tracked_text_is_utf8_with_unix_line_ends(texts: dict[Path, str]) -> None:
+    assert ROOT / "LICENSE" in texts
+    assert not [path for path, text in texts.items() if "\r\n" in text]
+
+
+def test_no_tracked_file_names_a_folder_of_one_machine(texts: dict[Path, str]) -> None:
+    private = re.compile(r"(?<![\w.~-])/(?:home|root|work|Users)/\w")
+    found = {
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path, text in texts.items()
+        for match in private.finditer(text)
+    }
+    assert not found
+
+
+def test_no_tracked_file_is_a_pickle(tracked: list[Path]) -> None:
+    pickled = {".pkl", ".pickle", ".pt", ".pth", ".joblib"}
+    assert not [path for path in tracked if path.suffix in pickled]
