@@ -233,12 +233,16 @@ class Answerer:
             vocabulary = checks.read_answers(checks.GENERAL_ANSWERS)
         if vocabulary is not None:
             choice_embed, cut = self._embed_answers(vocabulary)
-            notices += [self._too_long("the answer", t) for t, c in zip(vocabulary, cut, strict=True) if c]
+            notices += [
+                self._too_long("the answer", t) for t, c in zip(vocabulary, cut, strict=True) if c
+            ]
         else:
             vocabulary = self.model.config.answers
         texts = self.encoder.encode_texts(asked)
         notices += [
-            self._too_long("the question", q) for q, c in zip(asked, texts.truncated, strict=True) if c
+            self._too_long("the question", q)
+            for q, c in zip(asked, texts.truncated, strict=True)
+            if c
         ]
         encode = video.encode + clock.lap()
 
@@ -300,7 +304,9 @@ class Answerer:
                     confidence=top[0][1],
                     top=top,
                     frames=tuple(
-                        ChosenFrame(float(video.times[n]), int(video.indices[n]), float(scores[row, n]))
+                        ChosenFrame(
+                            float(video.times[n]), int(video.indices[n]), float(scores[row, n])
+                        )
                         for n in chosen[row]
                     ),
                     scores=scores[row],
@@ -314,7 +320,9 @@ class Answerer:
         key = tuple(answers)
         if key not in self._embedded:
             template = self.model.config.choice_template
-            texts = self.encoder.encode_texts([template.replace("{}", answer) for answer in answers])
+            texts = self.encoder.encode_texts(
+                [template.replace("{}", answer) for answer in answers]
+            )
             self._embedded[key] = texts.text_embed, texts.truncated
         return self._embedded[key]
 

@@ -146,7 +146,7 @@ def _grid(video: EncodedVideo, count: int) -> tuple[int, int, float, float]:
 
 def _block_height(video: EncodedVideo, count: int) -> float:
     _, rows, _, height = _grid(video, count)
-    return 0.75 + _PLOT_HEIGHT + 0.5 + rows * (height + 0.28) + 0.35
+    return 0.7 + _PLOT_HEIGHT + 0.5 + rows * (height + 0.28) + 0.2
 
 
 def _draw_header(page: _Page, answered: Answered) -> None:
@@ -154,6 +154,8 @@ def _draw_header(page: _Page, answered: Answered) -> None:
     name = textwrap.shorten(Path(video.path).name, 60, placeholder="…")
     looked = f"{len(video.times)} of {video.frame_count} frames looked at"
     facts = f"{name}   ·   {video.duration:.1f} s   ·   {video.width}×{video.height}   ·   {looked}"
+    if answered.seen[2:] != (video.width, video.height):
+        facts += "   ·   pale: outside the encoder's view"
     if not answered.trained:
         facts += "   ·   zero-shot: the gates are untrained and not drawn"
     page.text(_MARGIN, 0.18, facts, color=_FAINT, fontsize=9)
@@ -166,15 +168,15 @@ def _draw_block(
     question = textwrap.shorten(answer.question, 110, placeholder="…")
     page.text(_MARGIN, top, question, fontsize=11.5, fontweight="bold")
     page.text(_MARGIN, top + 0.27, answer.answer, fontsize=11.5, color=_CHOSEN, fontweight="bold")
-    runner_up = "   ".join(f"{text} {p:.0%}" for text, p in answer.top[1:4])
+    runner_up = ",  ".join(f"{text} {p:.0%}" for text, p in answer.top[1:4])
     page.text(
         page.width - _MARGIN,
         top + 0.29,
-        f"{answer.confidence:.0%} sure   |   then: {runner_up}",
+        f"{answer.confidence:.0%}   ·   then {runner_up}",
         ha="right",
         color=_FAINT,
     )
-    top += 0.75
+    top += 0.7
     left, width = _MARGIN + 0.45, page.width - 2 * _MARGIN - 0.45
     _draw_scores(page.axes(left, top, width, _PLOT_HEIGHT), answer, video)
     top += _PLOT_HEIGHT + 0.5
@@ -190,7 +192,7 @@ def _draw_block(
         )
         _draw_frame(axes, images[frame.index], answer.gates[number], norm, answered)
         axes.set_title(
-            f"{number + 1}   {_clock(frame.time)}",
+            f"{number + 1}   {_clock(frame.time, video.interval)}",
             fontsize=8.5,
             color=_INK,
             loc="left",
@@ -208,11 +210,13 @@ def _draw_scores(axes: Any, answer: Answer, video: EncodedVideo) -> None:
     low, high = float(answer.scores.min()), float(answer.scores.max())
     axes.set_ylim(low - 0.08 * span, high + 0.42 * span)
     start, end = video.interval
-    axes.set_xlim(start, end)
+    axes.set_xlim(start - 0.012 * (end - start), end)
     near = 0.016 * (end - start)
     previous, raised = -np.inf, False
     for number, frame in enumerate(answer.frames, start=1):
-        axes.plot([frame.time] * 2, [low - 0.08 * span, frame.score], color=_CHOSEN, lw=0.8, zorder=1)
+        axes.plot(
+            [frame.time] * 2, [low - 0.08 * span, frame.score], color=_CHOSEN, lw=0.8, zorder=1
+        )
         axes.plot(frame.time, frame.score, "o", color=_CHOSEN, ms=5.5, zorder=3)
         # Neighbours' numbers take turns on two heights, so that they stay legible.
         raised = frame.time - previous < near and not raised
@@ -247,7 +251,7 @@ def _draw_frame(
         (left, top + seen_height, seen_width, height - top - seen_height),
     ):
         if w > 0 and h > 0:
-            axes.add_patch(Rectangle((x, y), w, h, color="white", alpha=0.55, lw=0))
+            axes.add_patch(Rectangle((x, y), w, h, color="white", alpha=0.65, lw=0))
     if answered.trained:
         axes.imshow(
             gate,
@@ -279,6 +283,8 @@ def _draw_scale(axes: Any, norm: Normalize) -> None:
     axes.set_title("gate", fontsize=7.5, color=_FAINT, pad=4, loc="left")
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    return f"{int(minutes)}:{rest:04.1f}"
+def _clock(seconds: float, interval: tuple[float, float]) -> str:
+    """Minutes and seconds, finer where the whole stretch is short."""
+    digits = 1 if interval[1] - interval[0] > 10 else 2
+    minutes, rest = divmod(round(seconds, digits), 60)
+    return f"{int(minutes)}:{rest:0{3 + digits}.{digits}f}"
