@@ -16,7 +16,7 @@ _TEXT_BATCH = 256
 
 
 class FrameFeatures(NamedTuple):
-    """Features of n frames, float32, on the encoder's device.
+    """Features of n frames, float32 (outside autocast), on the encoder's device.
 
     frame_embed [n,C_a]: pooled and projected into the joint space, not normalised.
     patches [n,S,C_v]: last hidden state of the vision tower without its class token (SigLIP has
@@ -29,10 +29,10 @@ class FrameFeatures(NamedTuple):
 
 
 class TextFeatures(NamedTuple):
-    """Features of q texts, on the encoder's device.
+    """Features of q texts, float32 (outside autocast), on the encoder's device.
 
-    text_embed float32 [q,C_a]: pooled and projected into the joint space, not normalised.
-    tokens float32 [q,M,C_t]: last hidden state of the text tower (after its final layernorm).
+    text_embed [q,C_a]: pooled and projected into the joint space, not normalised.
+    tokens [q,M,C_t]: last hidden state of the text tower (after its final layernorm).
     mask bool [q,M]: True where a token is real, start and end tokens among them.
     truncated: for each text whether it was longer than `max_tokens`; its start was kept.
     """
@@ -87,6 +87,8 @@ class ImageTextEncoder(nn.Module):
         side = vision.image_size // vision.patch_size
         self.grid: tuple[int, int] = (side, side)
         self.max_tokens: int = text.max_position_embeddings
+        special = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        self._closing = special[::-1].index(0)  # special tokens after a text: one end token
         self.logit_scale = float(model.logit_scale.exp())
         self.logit_bias = 0.0 if self.is_clip else float(model.logit_bias)
 
@@ -135,21 +137,36 @@ class ImageTextEncoder(nn.Module):
             raise TypeError("texts is not a list of strings")
         if len(texts) == 0:
             raise ValueError("texts is empty; allowed: at least one text")
-        texts = list(texts)
-        ids = self.tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
-        truncated = [len(row) > self.max_tokens for row in ids]
-        batch = self.tokenizer(
-            texts,
-            padding="longest" if self.is_clip else "max_length",
-            truncation=True,
-            max_length=self.max_tokens,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.device)
+        rows, mask, truncated = self._tokenize(list(texts))
         embeds, tokens = [], []
-        for rows in batch["input_ids"].split(_TEXT_BATCH):
-            output = self.model.get_text_features(input_ids=rows)
+        for part in rows.to(self.device).split(_TEXT_BATCH):
+            output = self.model.get_text_features(input_ids=part)
             embeds.append(output.pooler_output)
             tokens.append(output.last_hidden_state)
-        mask = batch["attention_mask"].bool()
+        mask = mask.to(self.device)
         return TextFeatures(torch.cat(embeds), torch.cat(tokens), mask, truncated)
+
+    def _tokenize(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        """Ids int64 [q,M], mask bool [q,M], and which texts were cut.
+
+        Cutting and padding are done here, not by the tokenizer: there both are state of the shared
+        object, so that two threads could not use one encoder.
+        """
+        # Command-line bytes that are no UTF-8 arrive as lone surrogates, which tokenizers refuse.
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        rows = self.tokenizer(texts, verbose=False)["input_ids"]
+        truncated = [len(row) > self.max_tokens for row in rows]
+        rows = [self._cut(row) for row in rows]
+        longest = max(len(row) for row in rows) if self.is_clip else self.max_tokens
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = True
+        return ids, mask, truncated
+
+    def _cut(self, row: list[int]) -> list[int]:
+        """Shorten to `max_tokens`: the start is kept, and so are the closing special tokens."""
+        if len(row) <= self.max_tokens:
+            return row
+        return row[: self.max_tokens - self._closing] + row[len(row) - self._closing :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ def load_encoder(
     Raises UserError, naming the directory or file and the remedy, for whatever cannot be used.
     """
     name = str(name_or_path)
+    _check_device(device)
     folder = _find_folder(name, local_files_only)
     config, model_type = _load_config(folder)
     transform = _load_transform(folder, model_type, config.vision_config.image_size)
@@ -76,12 +78,21 @@ def load_encoder(
     return encoder.to(device)
 
 
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {str(device)!r} cannot be used ({_first_line(error)}); take cpu"
+        ) from error
+
+
 def _find_folder(name: str, local_files_only: bool | None) -> Path:
     """The local directory, or a folder of the hub cache that holds every file needed."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):  # os.path, as pathlib raises for a name that is too long
+        return Path(path)
+    if os.path.exists(path):
         raise UserError(f"{name} is a file; give the encoder's directory or a hub id")
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"no encoder directory at {name!r}; give an existing one or a hub id")
@@ -111,7 +122,7 @@ def _from_cache(name: str) -> Path | None:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         # Ask for the list of files first: one request with a short timeout tells quickly whether
@@ -125,12 +136,17 @@ def _from_hub(name: str) -> Path:
             f"{name} is no directory here and no public repository on the hub; check the name "
             "(a private or gated one needs: hf auth login)"
         ) from error
+    except OfflineModeIsEnabled as error:
+        raise UserError(
+            f"{name} is neither a directory nor in the local hub cache, and HF_HUB_OFFLINE keeps "
+            "the hub away; unset it or give a local directory"
+        ) from error
     except UserError:
         raise
     except Exception as error:  # the HTTP library's own errors share no base with OSError
         raise UserError(
-            f"{name} is no directory here, not in the local hub cache, and the hub cannot be "
-            f"reached ({_first_line(error)}); give a local directory or download it elsewhere first"
+            f"{name} is no directory here, and the hub cannot give it ({_first_line(error)}); "
+            "give a local directory, or try again with a network"
         ) from error
 
 
@@ -155,6 +171,8 @@ def _load_config(folder: Path) -> tuple[Any, str]:
             side, patch = config.vision_config.image_size, config.vision_config.patch_size
             if not 0 < patch <= side:
                 raise ValueError(f"image_size {side} and patch_size {patch} make no grid")
+            if config.vision_config.num_channels != 3:
+                raise ValueError("num_channels is not 3")
         except Exception as error:  # whatever a damaged file makes transformers raise
             raise UserError(
                 f"{file} is damaged ({_first_line(error)}); restore or download it again"
@@ -192,8 +210,8 @@ def _load_tokenizer(folder: Path, config: Any) -> Any:
         try:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
-            except ImportError:
-                # The class named needs sentencepiece; tokenizer.json holds the same without it.
+            except (ImportError, ValueError):
+                # No class is named, or one that needs sentencepiece: tokenizer.json stands alone.
                 if not (folder / "tokenizer.json").is_file():
                     raise
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
@@ -211,8 +229,6 @@ def _load_tokenizer(folder: Path, config: Any) -> Any:
         raise UserError(
             f"{folder}: its tokenizer has no pad_token; name one in tokenizer_config.json"
         )
-    # The start of a text is kept, and CLIP's tokens must not see padding before them.
-    tokenizer.truncation_side = tokenizer.padding_side = "right"
     return tokenizer
 
 
@@ -232,21 +248,26 @@ def _check_text_end(folder: Path, config: Any, tokenizer: Any) -> None:
         return
     eos = config.text_config.eos_token_id
     pooled = highest if eos == 2 else eos  # 2: the old convention, see CLIPTextModel
-    last = tokenizer("a")["input_ids"][-1]
-    if last != pooled:
+    ids = tokenizer(_PROBE, verbose=False)["input_ids"]
+    if pooled not in ids or ids.index(pooled) != len(ids) - 1:
         raise UserError(
-            f"{folder}: the tokenizer ends texts with id {last}, but with text_config.eos_token_id "
-            f"{eos} CLIP reads their embedding at id {pooled}; correct config.json or the tokenizer"
+            f"{folder}: CLIP reads a text's embedding at its first token {pooled} "
+            f"(text_config.eos_token_id {eos}), which is not where its tokenizer ends texts; "
+            "correct eos_token_id in config.json or tokenizer_class in tokenizer_config.json"
         )
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model, sorted by name."""
-    index = _read_json(folder / "model.safetensors.index.json")
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
+    file = folder / "model.safetensors.index.json"
+    index = _read_json(file)
     if index is not None:
-        return [folder / file for file in sorted(set(index["weight_map"].values()))]
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise UserError(f"{file} has no weight_map; restore or download it again")
+        return [folder / shard for shard in sorted(set(shards.values()))]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise UserError(
             f"{folder} has pickled weights only, which may run code when loaded; convert them to "
