@@ -15,13 +15,17 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.container import InputContainer
-from av.packet import Packet
 from av.video.stream import VideoStream
 
+from videodistill.video.bitstream import begins_anew, is_shown, nal_length_size
 from videodistill.video.container import reason_of
 
 # FFmpeg's own frame duration for a still picture, used where a file tells none.
 _STILL_SECONDS = Fraction(1, 25)
+
+
+# A cut-off file is one whose frames end this much before the time that it tells.
+_SHORT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,11 @@ class FrameIndex:
     """Times of the displayed frames and of the keyframes, in units of `time_base`.
 
     pts: int64 [F], ascending without repeats. key_pts, key_dts: int64 [G], by ascending pts, the
-    places where decoding can begin. last_duration: how long the last frame is shown (≥ 1 unit of
-    time or a guess from the other frames). by_count: the file has no usable times, so that frame i
-    is the i-th that decoding from the start delivers. notices: what is wrong with the file, one
-    line each. damaged: notices tell of missing or broken data, not only of oddities.
+    places where decoding can begin. last_duration: how long the last frame is shown.
+    by_count: the file has no usable times; frame i is the i-th that decoding from the start gives.
+    hidden: packets that are decoded but never shown. clean_cuts: every keyframe refreshes the
+    decoder wholly, and what follows it in the file is shown after it. notices: what is missing
+    from a damaged file, one line each.
     """
 
     pts: np.ndarray
@@ -42,8 +47,8 @@ class FrameIndex:
     last_duration: int
     by_count: bool
     hidden: int
+    clean_cuts: bool
     notices: tuple[str, ...]
-    damaged: bool
 
     def seconds(self) -> np.ndarray:
         """float64 [F]: times from the first frame on."""
@@ -61,14 +66,18 @@ class FrameIndex:
 def index_packets(container: InputContainer, stream: VideoStream) -> FrameIndex:
     """Reads all packets of `stream` from a freshly opened `container` and decodes none.
 
-    When some frame has no presentation time the index comes back with `by_count` and no frames:
-    only decoding can tell then (`pyav_decoder.index_by_decoding`).
+    When the times are missing or contradict each other the index comes back with `by_count` and no
+    frames: only decoding can tell then (`pyav_decoder.index_by_decoding`).
     """
     shown, durations = array("q"), array("q")
     key_pts, key_dts = array("q"), array("q")
-    corrupt = timeless = hidden = 0
-    failure = None
-    codec = stream.codec_context.name
+    codec = stream.codec_context.codec.canonical_name
+    length_size = nal_length_size(codec, stream.codec_context.extradata)
+    # AVI stores no presentation times, and FFmpeg cannot guess the reordering of these codecs.
+    timeless = container.format.name == "avi" and codec in ("h264", "hevc")
+    clean_cuts, failure = True, None
+    corrupt = hidden = 0
+    last_dts = latest_key = -(1 << 63)
     packets = container.demux(stream)
     while True:
         try:
@@ -83,37 +92,67 @@ def index_packets(container: InputContainer, stream: VideoStream) -> FrameIndex:
         if packet.is_corrupt:
             corrupt += 1
             continue
-        if packet.pts is None:
-            timeless += 1
+        pts, dts = packet.pts, packet.dts
+        if pts is None or (dts is not None and dts < last_dts):
+            timeless = True
             continue
+        last_dts = last_dts if dts is None else dts
         if packet.is_keyframe:
-            key_pts.append(packet.pts)
-            key_dts.append(packet.dts if packet.dts is not None else packet.pts)
-        if packet.is_discard or not _is_shown(codec, packet):
+            key_pts.append(pts)
+            key_dts.append(pts if dts is None else dts)
+            clean_cuts = clean_cuts and begins_anew(codec, packet, length_size)
+            latest_key = pts
+        clean_cuts = clean_cuts and pts >= latest_key
+        if packet.is_discard or not is_shown(codec, packet):
             hidden += 1
             continue
-        shown.append(packet.pts)
+        shown.append(pts)
         durations.append(packet.duration or 0)
 
-    notices = []
-    if failure:
-        notices.append(f"reading stopped at damaged data ({failure}); later frames are missing")
-    if corrupt:
-        notices.append(f"{corrupt} incomplete packet(s) left out; their frames are missing")
     time_base = Fraction(stream.time_base or Fraction(1, 1000))
     pts, first = np.unique(np.frombuffer(shown, np.int64), return_index=True)
+    by_count = timeless or len(pts) < len(shown)
+    told = durations[first[-1]] if len(first) else 0
+    last_duration = frame_duration(pts, told, time_base, stream)
+    if failure or corrupt:
+        notices = [_damage(failure, corrupt, len(pts), stream.frames)]
+    else:
+        notices = _shortness(container, stream, pts, last_duration * time_base)
     return FrameIndex(
-        pts=np.empty(0, np.int64) if timeless else pts,
+        pts=np.empty(0, np.int64) if by_count else pts,
         **_by_time(key_pts, key_dts),
         time_base=time_base,
-        last_duration=frame_duration(
-            pts, durations[first[-1]] if len(first) else 0, time_base, stream
-        ),
-        by_count=bool(timeless),
+        last_duration=last_duration,
+        by_count=by_count,
         hidden=hidden,
+        clean_cuts=clean_cuts,
         notices=tuple(notices),
-        damaged=bool(notices),
     )
+
+
+def _damage(failure: str | None, corrupt: int, found: int, declared: int) -> str:
+    what = f"reading stops with: {failure}" if failure else f"{corrupt} incomplete packet(s)"
+    of = f" of the {declared} that it declares" if declared > found else ""
+    return f"is cut off or damaged ({what}): {found} whole frames{of} are there"
+
+
+def _shortness(
+    container: InputContainer, stream: VideoStream, pts: np.ndarray, last: Fraction
+) -> list[str]:
+    """A notice when the frames end well before the time that the file tells for its video."""
+    if stream.duration is not None:
+        told = float(stream.duration * stream.time_base)
+    elif not container.streams.audio and container.duration is not None:
+        told = container.duration / av.time_base
+    else:
+        return []
+    if not len(pts):
+        return []
+    start = min(0, int(pts[0]))
+    end = float((int(pts[-1]) - start) * stream.time_base + last)
+    if told - end <= _SHORT_SECONDS:
+        return []
+    return [f"is cut off or tells a wrong length: {told:.3f} s told, frames until {end:.3f} s"]
 
 
 def _by_time(key_pts: array, key_dts: array) -> dict[str, np.ndarray]:
@@ -130,25 +169,3 @@ def frame_duration(pts: np.ndarray, told: int, time_base: Fraction, stream: Vide
         return max(1, int(np.median(np.diff(pts))))
     seconds = 1 / stream.average_rate if stream.average_rate else _STILL_SECONDS
     return max(1, round(seconds / time_base))
-
-
-def _is_shown(codec: str, packet: Packet) -> bool:
-    """False for a VP8 or VP9 packet that only holds a reference picture, never displayed.
-
-    VP8: frame tag, bit 4 of the first byte (RFC 6386, 9.1). VP9: uncompressed header: marker (2
-    bits), profile (2, and a reserved one in profile 3), show_existing_frame, frame_type,
-    show_frame. A VP9 superframe hides such pictures inside a packet and always shows one.
-    """
-    if codec not in ("vp8", "libvpx", "vp9", "libvpx-vp9"):
-        return True
-    data = memoryview(packet)
-    first = data[0]
-    if codec in ("vp8", "libvpx"):
-        return bool(first >> 4 & 1)
-    if data[-1] & 0xE0 == 0xC0:  # the marker of a superframe index ends the packet
-        return True
-    profile_bits = 5 if first & 0x30 == 0x30 else 4
-    show_existing = first >> (7 - profile_bits) & 1
-    if show_existing:
-        return True
-    return bool(first >> (7 - profile_bits - 2) & 1)

@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, pairwise
+from typing import NamedTuple
 
 import av
 import numpy as np
 from av.packet import Packet
 
 from videodistill.errors import UserError
-from videodistill.video.container import open_video, reason_of
+from videodistill.video.container import open_video
 from videodistill.video.index import FrameIndex, frame_duration
 
 # Seeking empties the decoder, so that it pays only when it jumps over some frames.
 _WORTH_A_SEEK = 4
+
+
+class Decoded(NamedTuple):
+    """A frame as it comes out of the decoder.
+
+    identity: its presentation time, or its number where the index goes by count. whole: neither it
+    nor a frame since the last keyframe, which it may be built on, is damaged.
+    """
+
+    identity: int
+    picture: av.VideoFrame
+    whole: bool
 
 
 class PyAVDecoder:
@@ -29,7 +42,6 @@ class PyAVDecoder:
         self.name = name
         self.index = index
         self.frames_decoded = 0
-        self.damaged_at: int | None = None
         self._open()
 
     def _open(self) -> None:
@@ -44,37 +56,52 @@ class PyAVDecoder:
 
         Raises `UserError` when the decoder does not deliver it or calls it damaged.
         """
-        wanted = i if self.index.by_count else int(self.index.pts[i])
-        frame = self._search(wanted)
-        if frame is None or frame.is_corrupt:
+        found = self._search(i if self.index.by_count else int(self.index.pts[i]))
+        if found is None or not found.whole:
             seconds = float((self.index.pts[i] - self.index.pts[0]) * self.index.time_base)
             raise UserError(
-                f"{self.name}: the frame at {seconds:.3f} s is damaged and cannot be decoded: "
-                f"choose an interval without it, or get the file again"
+                f"{self.name}: the frame at {seconds:.3f} s cannot be decoded, the data there are "
+                f"damaged: choose an interval without it, or get the file again"
             )
-        return frame
+        return found.picture
 
-    def first_frame(self) -> tuple[int, av.VideoFrame] | None:
-        """What decoding from the start delivers first: (pts or count, frame); None: nothing."""
+    def first_frame(self) -> Decoded | None:
+        """What decoding from the start delivers first; None: nothing."""
         self._restart()
-        return next(self._decoded, None)
+        self._next = next(self._decoded, None)
+        return self._next
 
-    # Searching. Where the decoder stands: `_last` came out last (pts), `_key` is the number of the
+    def every_frame(self) -> Iterator[Decoded]:
+        """All that decoding from the start delivers."""
+        self._restart()
+        yield from self._decoded
+
+    def lost_at_the_end(self) -> int:
+        """How many of the last frames nothing comes out for; looks no further than one keyframe."""
+        last = self.index.key_before(int(self.index.pts[-1]))
+        self._seek(last)
+        delivered = [decoded.identity for decoded in self._decoded if decoded.whole]
+        since = self.index.pts[np.searchsorted(self.index.pts, self.index.key_pts[last]) :]
+        there = np.isin(since, delivered)
+        self._restart()
+        return len(there) - int(np.flatnonzero(there)[-1]) - 1 if there.any() else len(there)
+
+    # Searching. Where the decoder stands: `_last` came out last (its identity), `_key` is the number of the
     # keyframe that was last fed to it, `_next` is a frame that came out but was not asked for yet.
 
-    def _search(self, wanted: int) -> av.VideoFrame | None:
+    def _search(self, wanted: int) -> Decoded | None:
         if self.index.by_count:
-            if self._next is None and wanted <= self._last:
+            if self._is_behind(wanted):
                 self._restart()
             return self._advance(wanted)
         key = self.index.key_before(wanted)
         if self._is_behind(wanted) or self._seek_pays(key):
             self._seek(key)
         frame = self._advance(wanted)
-        # Not there although the file lists it: the keyframe was none (an intra refresh, a wrong
-        # flag). Decoding from further back is slower and sure.
-        for earlier in (key - 1, -1):
-            if frame is not None or key < 0:
+        # Not there although the file lists it: the keyframe may be none (an intra refresh, a wrong
+        # flag). From further back it can be.
+        for earlier in (key - 1, key - 4):
+            if key < 0 or (frame is not None and frame.whole):
                 break
             self._seek(max(earlier, -1))
             frame = self._advance(wanted)
@@ -82,7 +109,7 @@ class PyAVDecoder:
 
     def _is_behind(self, wanted: int) -> bool:
         if self._next is not None:
-            return wanted < self._next[0]
+            return wanted < self._next.identity
         return self._last is not None and wanted <= self._last
 
     def _seek_pays(self, key: int) -> bool:
@@ -92,19 +119,18 @@ class PyAVDecoder:
         between = np.searchsorted(self.index.pts, [start, self.index.key_pts[key]])
         return int(between[1] - between[0]) > _WORTH_A_SEEK
 
-    def _advance(self, wanted: int) -> av.VideoFrame | None:
+    def _advance(self, wanted: int) -> Decoded | None:
         """Decodes until `wanted` comes out; None when a later frame or the end comes first."""
         while True:
             if self._next is None:
                 self._next = next(self._decoded, None)
                 if self._next is None:
                     return None
-            identity, frame = self._next
-            if identity > wanted:
+            if self._next.identity > wanted:
                 return None
-            self._last = identity
-            if identity == wanted:
-                return frame  # kept as _next: the same frame may be wanted once more
+            self._last = self._next.identity
+            if self._last == wanted:
+                return self._next  # kept: the same frame may be wanted once more
             self._next = None
 
     def _restart(self) -> None:
@@ -134,37 +160,53 @@ class PyAVDecoder:
 
     def _begin(self, packets: Iterator[Packet], key: int) -> None:
         self._key = key
-        self._last: int | None = -1 if self.index.by_count else None
-        self._next: tuple[int, av.VideoFrame] | None = None
+        self._last: int | None = None
+        self._next: Decoded | None = None
         self._decoded = self._decode(packets)
 
-    def _decode(self, packets: Iterator[Packet]) -> Iterator[tuple[int, av.VideoFrame]]:
-        count = 0
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                return
-            except av.error.FFmpegError:
-                return  # the index ends here too
-            if packet.is_corrupt and packet.size:
-                continue
-            if packet.is_keyframe and packet.pts is not None and packet.size:
+    def _decode(self, packets: Iterator[Packet]) -> Iterator[Decoded]:
+        by_count = self.index.by_count
+        count, latest, broken = 0, None, None  # broken: where damage was first met
+        for packet in self._whole_packets(packets):
+            if packet.size and packet.is_keyframe and packet.pts is not None:
                 self._key = max(self._key, self.index.key_before(packet.pts))
             try:
-                frames = self.stream.codec_context.decode(packet if packet.size else None)
+                pictures = self.stream.codec_context.decode(packet if packet.size else None)
             except av.error.EOFError:
                 return
             except av.error.FFmpegError:
-                if self.damaged_at is None:
-                    self.damaged_at = packet.pts
+                if broken is None:
+                    broken = count if by_count else packet.pts
                 continue
-            for frame in frames:
+            for picture in pictures:
                 self.frames_decoded += 1
-                identity = count if self.index.by_count else frame.pts
+                identity = count if by_count else picture.pts
                 count += 1
-                if identity is not None:
-                    yield identity, frame
+                if identity is None:
+                    continue
+                if latest is not None and identity < latest:
+                    raise UserError(
+                        f"{self.name}: its frames come in another order than their times tell: "
+                        f"convert it, for example with ffmpeg -i IN -c:v libx264 out.mp4"
+                    )
+                latest = identity
+                intact = not picture.is_corrupt
+                anew = picture.key_frame and intact
+                if broken is None and not intact:
+                    broken = identity
+                elif broken is not None and anew and identity > broken:
+                    broken = None
+                yield Decoded(identity, picture, anew or broken is None)
+
+    def _whole_packets(self, packets: Iterator[Packet]) -> Iterator[Packet]:
+        """The packets that the index counted, and the empty one that ends the file."""
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, av.error.FFmpegError):
+                return
+            if not (packet.size and packet.is_corrupt):
+                yield packet
 
 
 def index_by_decoding(name: str, index: FrameIndex) -> FrameIndex:
@@ -175,11 +217,11 @@ def index_by_decoding(name: str, index: FrameIndex) -> FrameIndex:
     """
     decoder = PyAVDecoder(name, replace(index, by_count=True, pts=np.empty(0, np.int64)))
     try:
-        told = [frame.pts for _, frame in decoder._decoded]
+        told = [decoded.picture.pts for decoded in decoder.every_frame()]
         unit, stream = index.time_base, decoder.stream
         if not told:
             raise UserError(f"{name}: holds no frame that can be decoded: get the file again")
-        if None in told or any(b <= a for a, b in zip(told, told[1:], strict=False)):
+        if None in told or any(b <= a for a, b in pairwise(told)):
             step = frame_duration(np.empty(0), 0, unit, stream)
             told = [i * step for i in range(len(told))]
         pts = np.array(told, np.int64)
@@ -188,15 +230,21 @@ def index_by_decoding(name: str, index: FrameIndex) -> FrameIndex:
         decoder.close()
 
 
-def trim_to_decodable(index: FrameIndex, first: int, name: str) -> FrameIndex:
-    """Drops the frames before `first` (pts), which nothing in the file can be decoded from."""
+def trim_to_decodable(decoder: PyAVDecoder, first: int, *, check_end: bool) -> FrameIndex:
+    """The decoder's index without frames at either end that the file lists but cannot give.
+
+    Before `first` (pts) decoding delivers nothing: such a file begins inside a group of pictures.
+    With `check_end` the last group is decoded, to see where a cut-off file ends.
+    """
+    index = decoder.index
     kept = index.pts[np.searchsorted(index.pts, first) :]
-    lost = len(index.pts) - len(kept)
-    if not lost:
-        return index
-    seconds = Fraction(int(first - index.pts[0])) * index.time_base
-    notice = f"the first {lost} frame(s), {float(seconds):.3f} s, lack the keyframe they need"
-    return replace(index, pts=kept, notices=(*index.notices, notice), damaged=True)
-
-
-__all__ = ["PyAVDecoder", "index_by_decoding", "reason_of", "trim_to_decodable"]
+    notices = list(index.notices)
+    if len(kept) < len(index.pts):
+        lost = len(index.pts) - len(kept)
+        notices.append(f"begins with {lost} frame(s) that lack their keyframe: left out")
+    if check_end and len(index.key_pts) and len(kept):
+        lost = min(decoder.lost_at_the_end(), len(kept) - 1)
+        if lost:
+            kept = kept[:-lost]
+            notices.append(f"ends with {lost} frame(s) that cannot be decoded: left out")
+    return replace(index, pts=kept, notices=tuple(notices))

@@ -20,13 +20,16 @@ from videodistill.video.pyav_decoder import PyAVDecoder, index_by_decoding, trim
 
 Backend = Literal["auto", "decord", "pyav"]
 
+# Containers in which a cut-off end shows without decoding; elsewhere the end is decoded to see.
+_TELLS_ITS_END = {"mp4", "matroska"}
+
 # Times go through decimal text and float arithmetic; a microsecond is far below any frame.
 _TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames of one video: images uint8 [n, H, W, 3] RGB, times float64 [n] s, indices int64 [n]."""
+    """images: uint8 [n, H, W, 3] RGB; times: float64 [n], seconds; indices: int64 [n]."""
 
     images: np.ndarray
     times: np.ndarray
@@ -83,9 +86,14 @@ class FrameReader:
         found = self._decoder.first_frame() if len(self._decoder.index.pts) else None
         if found is None:
             raise UserError(f"{self.path}: holds no frame that can be decoded: get the file again")
-        identity, frame = found
+        frame = found.picture
         if not self._decoder.index.by_count:
-            self._decoder.index = trim_to_decodable(self._decoder.index, identity, self.path)
+            self._decoder.index = trim_to_decodable(
+                self._decoder,
+                found.identity,
+                check_end=bool(self._decoder.index.notices)
+                or not set(self._container_name.split(",")) & _TELLS_ITS_END,
+            )
         self._index = index = self._decoder.index
         self._stored = (frame.height, frame.width)
         self._pixels = frame.format.name
@@ -139,7 +147,7 @@ class FrameReader:
         return self._decoder.frames_decoded
 
     def indices_at(self, times: Sequence[float]) -> np.ndarray:
-        """int64 [n]: the frame on screen at each of these seconds, clamped to the first and last."""
+        """int64 [n]: the frame on screen at each of these seconds, clamped to first and last."""
         seconds = np.asarray(times, dtype=np.float64).reshape(-1)
         if np.isnan(seconds).any():
             raise ValueError("times: expected seconds, got NaN")
