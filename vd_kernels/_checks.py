@@ -1,7 +1,8 @@
-"""What the three operators share in checking arguments: one wording for one mistake."""
+"""What the three operators share about arguments: one wording for one mistake, and autocast."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -93,13 +94,21 @@ def may_read_values(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def autocast(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in autocast's dtype where autocast is on; float64 is left alone, as torch does."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+def autocast(tensor: object) -> object:
+    """A tensor in autocast's dtype where autocast is on; float64 is left alone, as torch does."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING[:3]:
         return tensor
-    if not torch.is_autocast_enabled(tensor.device.type):
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which autocast leaves what is computed on the tensor's device alone."""
+    if not torch.amp.is_autocast_available(tensor.device.type):  # the meta device
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vd_kernels._checks import full_precision
+
 
 def language_gate(
     query: Tensor,
@@ -17,7 +19,7 @@ def language_gate(
 ) -> Tensor:
     """The gate g in fp32 (float64 for float64): [B,L,H], or [B,L,H,Dv] with `gate_value`."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query):
         query, key = query.to(dtype), _zero_padding(key.to(dtype), key_mask)
         scores = scale * torch.einsum("blhd,bmhd->bhlm", query, key)  # s_ij, 0 at padding
         if gate_value is None:
@@ -38,8 +40,9 @@ def _reduce(scores: Tensor, key_mask: Tensor | None, reduction: str) -> Tensor:
     if reduction == "softmax":
         return (_softmax(scores, key_mask) * scores).sum(-1)
     if reduction == "mean":
-        real = scores.shape[-1] if key_mask is None else key_mask.sum(-1).clamp(min=1)
-        return scores.sum(-1) / torch.as_tensor(real, device=scores.device).view(-1, 1, 1)
+        if key_mask is None:
+            return scores.mean(-1)
+        return scores.sum(-1) / key_mask.sum(-1).clamp(min=1)[:, None, None]
     # torch.max(dim) promises the first of equal maxima, so the lowest j takes the gradient.
     if key_mask is None:
         return scores.max(-1).values

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vd_kernels._checks import full_precision
+
 
 def spacetime_attention(
     query: Tensor,
@@ -29,7 +31,7 @@ def spacetime_attention(
     """out [B,T,S,H,D] and, with prefix queries, prefix_out [B,G,P,H,D], in query's dtype."""
     _, frames, patches, _, _ = query.shape
     dtype = query.dtype
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query):
         q, k, v = (group(_accumulable(x), axis) for x in (query, key, value))
         near = _neighbours(frames, patches, axis, window, grid, causal, query.device)  # [L,L]
         real = None
@@ -79,19 +81,24 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, near: Tensor | None, real: Tensor | None, scale: float
 ) -> Tensor:
     """softmax(scale * q k^T) v over the keys that each query may see; 0 where it sees none."""
-    scores = (scale * q) @ k.transpose(-1, -2)  # [B,G,H,L,P+L]
-    hidden = None
-    if near is not None:
-        hidden = ~near
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)  # [B,G,H,L,P+L]
+    hidden = None if near is None else ~near
     if real is not None:
         absent = ~real.unsqueeze(-2)  # [B,G,1,1,P+L]
         hidden = absent if hidden is None else hidden | absent
     if hidden is None:
         return scores.softmax(-1) @ v
-    # The lowest finite number rather than -inf: a row that sees nothing stays free of NaN until
-    # the second fill makes it 0, and its gradient with it.
-    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
+    # Added, so that the gradient needs no mask; the lowest finite number rather than -inf, so that
+    # a row that sees nothing is uniform instead of NaN. Its keys and values are zeroed padding, so
+    # it gives 0 and sends no gradient, unless a window hides real keys from it as well.
+    lowest = torch.finfo(scores.dtype).min
+    scores += torch.zeros(hidden.shape, dtype=scores.dtype, device=q.device).masked_fill_(
+        hidden, lowest
+    )
+    weights = scores.softmax(-1)
+    if near is not None and real is not None:
+        weights = weights.masked_fill(hidden, 0.0)
+    return weights @ v
 
 
 def _neighbours(

@@ -245,6 +245,8 @@ def _check_sample(
             )
     elif seed is not None:
         check_integer("seed", seed)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must fit into 64 bits, got {seed}")
     if noise is not None:
         _check_noise(noise, scores, method)
 

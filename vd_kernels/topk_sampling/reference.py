@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from vd_kernels._checks import full_precision
 from vd_kernels.topk_sampling.noise import gumbel_noise, normal_noise
 
 __all__ = ["gather", "gumbel", "gumbel_noise", "hard", "lapsum", "normal_noise", "perturbed"]
@@ -216,7 +217,7 @@ def _offsets(scores: Tensor, real: Tensor, k: int, temperature: float) -> Tensor
     low = scores.masked_fill(~real, math.inf).amin(-1, keepdim=True).nan_to_num(posinf=0.0)
     high = scores.masked_fill(~real, -math.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     low, high = low - margin, high + margin
-    for _ in range(100):
+    for _ in range(64):
         middle = (low + high) / 2
         cdf = _laplace_cdf((scores - middle) / temperature).masked_fill(~real, 0.0)
         too_many = cdf.sum(-1, keepdim=True) > k
@@ -233,7 +234,7 @@ def gather(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """Chosen values [R,K,E] from values [R,N,E] by weights [R,K,N], or [R,N] for a soft set."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     dtype = torch.promote_types(dtype, weights.dtype)
-    with torch.autocast(values.device.type, enabled=False):
+    with full_precision(values):
         if weights.dim() == 3:
             return torch.bmm(weights.to(dtype), values.to(dtype)).to(values.dtype)
         slots = indices.clamp(min=0)
