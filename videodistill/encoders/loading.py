@@ -204,17 +204,8 @@ def _load_tokenizer(folder: Path, config: Any) -> Any:
             "copy the tokenizer's files there"
         )
     with _quiet():
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        options = {"local_files_only": True, "trust_remote_code": False}
         try:
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
-            except (ImportError, ValueError):
-                # No class is named, or one that needs sentencepiece: tokenizer.json stands alone.
-                if not (folder / "tokenizer.json").is_file():
-                    raise
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+            tokenizer = _read_tokenizer(folder, config)
         except ImportError as error:
             raise UserError(
                 f"{folder}: its tokenizer needs sentencepiece; pip install sentencepiece, "
@@ -230,6 +221,19 @@ def _load_tokenizer(folder: Path, config: Any) -> Any:
             f"{folder}: its tokenizer has no pad_token; name one in tokenizer_config.json"
         )
     return tokenizer
+
+
+def _read_tokenizer(folder: Path, config: Any) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config, **options)
+    except Exception:
+        # The class named is unknown, or needs sentencepiece: tokenizer.json can stand alone.
+        if not (folder / "tokenizer.json").is_file():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(folder, **options)
 
 
 def _check_text_end(folder: Path, config: Any, tokenizer: Any) -> None:

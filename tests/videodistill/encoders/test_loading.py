@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -296,6 +300,96 @@ def test_hub_id_from_the_cache(clip: ImageTextEncoder, clip_dir: Path, hub_cache
         encoder = load_encoder("nobody/tiny", local_files_only=local_files_only)
         assert encoder.fingerprint == clip.fingerprint
         assert encoder.name == "nobody/tiny"
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download needs, on this machine."""
+
+    protocol_version = "HTTP/1.1"
+    revision = "fedcba9876543210fedcba9876543210fedcba98"
+    repositories: ClassVar[dict[str, Path]] = {}
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.asked.append(path)
+        for name, folder in self.repositories.items():
+            if path.startswith(f"/{name}/resolve/"):
+                return self.reply(200, (folder / path.rpartition("/")[2]).read_bytes())
+            if path.startswith(f"/api/models/{name}/tree/"):
+                files = [
+                    {
+                        "type": "file",
+                        "path": file.name,
+                        "size": file.stat().st_size,
+                        "oid": file.name,
+                    }
+                    for file in folder.iterdir()
+                ]
+                return self.reply(200, json.dumps(files).encode())
+            if path.startswith(f"/api/models/{name}"):
+                files = [{"rfilename": file.name} for file in folder.iterdir()]
+                about = {"id": name, "sha": self.revision, "siblings": files}
+                return self.reply(200, json.dumps(about).encode())
+        return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("X-Repo-Commit", self.revision)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
+    monkeypatch.setattr(_Hub, "repositories", {})
+    monkeypatch.setattr(_Hub, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield _Hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_hub_id_is_downloaded_once(clip: ImageTextEncoder, folder: Path, hub: type[_Hub]) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"of no use")
+    hub.repositories["nobody/tiny"] = folder
+    assert load_encoder("nobody/tiny").fingerprint == clip.fingerprint
+    assert hub.asked
+    assert not any("pytorch_model.bin" in path for path in hub.asked)
+    hub.asked.clear()
+    assert load_encoder("nobody/tiny").fingerprint == clip.fingerprint
+    assert not hub.asked, "a complete copy is in the cache"
+    load_encoder("nobody/tiny", local_files_only=False)
+    assert hub.asked, "the newest version was asked for"
+
+
+def test_hub_id_with_pickled_weights_is_not_downloaded(folder: Path, hub: type[_Hub]) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    hub.repositories["nobody/tiny"] = folder
+    refused("nobody/tiny", "has no model.safetensors")
+    assert not any("resolve" in path for path in hub.asked)
+
+
+def test_hub_id_that_does_not_exist(hub: type[_Hub]) -> None:
+    refused("nobody/tiny", "no public repository on the hub; check the name")
 
 
 def test_hub_id_without_network(hub_cache: Path) -> None:
