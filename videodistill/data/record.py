@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+Stretch = tuple[float, float]
+"""Start and end in seconds from the first displayed frame of the video."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -23,9 +26,28 @@ class Question:
     """The dataset's own question type ("CW", "count", ...)."""
     reference: str | None = None
     """"direct" or "indirect", where the dataset says."""
-    interval: tuple[float, float] | None = None
+    interval: Stretch | None = None
     """The stretch of the video that the question is about; ``None`` is all of it."""
-    evidence: tuple[tuple[float, float], ...] = ()
+    evidence: tuple[Stretch, ...] = ()
     """Ground-truth stretches that show the answer; empty when none are annotated."""
+    context: tuple[Stretch, ...] = ()
+    """Further stretches that one must see to know which stretch is the evidence."""
+    program: str | None = None
+    """The question as nested functions, where the dataset gives them."""
     tags: tuple[str, ...] = field(default=())
     """Further labels of the dataset, e.g. EgoTaskQA's reasoning types."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What annotation files repeat about a video file."""
+
+    frame_count: int
+    fps: float
+    width: int
+    height: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.frame_count / self.fps
