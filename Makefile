@@ -27,7 +27,7 @@ help: ## print this list
 	@echo
 	@echo "Each target installs what it needs into $(VENV). Settings: PYTHON=python3.12 chooses the"
 	@echo "interpreter, TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 where pip finds torch,"
-	@echo "VD_BUILD_CPP=0|1 whether the C++ is not built, or must be."
+	@echo "VD_BUILD_CPP=0|1 (after make clean) whether the C++ is left out, or must be built."
 
 answer: $(INSTALLED) ## answer questions about the sample video; VIDEO=, QUESTIONS=, FIGURE= to change
 	$(VENV)/bin/videodistill answer "$(VIDEO)" $(QUESTIONS) --figure "$(FIGURE)"
