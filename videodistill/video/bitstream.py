@@ -39,7 +39,7 @@ def nal_length_size(codec: str, extradata: bytes | None) -> int:
 
 
 def begins_anew(codec: str, packet: Packet, length_size: int) -> bool:
-    """Whether a keyframe packet refreshes the decoder wholly: nothing after it needs what was before.
+    """Whether a keyframe packet refreshes the decoder: nothing after it needs what was before.
 
     True for VP8 and VP9 keyframes and for IDR pictures of H.264 and HEVC; False for the keyframes
     of an open GOP or of an intra refresh, and wherever that cannot be told.

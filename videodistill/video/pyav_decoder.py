@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
-from fractions import Fraction
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from videodistill.video.index import FrameIndex, frame_duration
 
 # Seeking empties the decoder, so that it pays only when it jumps over some frames.
 _WORTH_A_SEEK = 4
+_BEFORE_ALL = -(1 << 63)
 
 
 class Decoded(NamedTuple):
@@ -86,8 +87,8 @@ class PyAVDecoder:
         self._restart()
         return len(there) - int(np.flatnonzero(there)[-1]) - 1 if there.any() else len(there)
 
-    # Searching. Where the decoder stands: `_last` came out last (its identity), `_key` is the number of the
-    # keyframe that was last fed to it, `_next` is a frame that came out but was not asked for yet.
+    # Where the decoder stands: `_last` is the identity of what came out last, `_key` the number of
+    # the keyframe that was last fed to it, `_next` a frame that came out and was not passed yet.
 
     def _search(self, wanted: int) -> Decoded | None:
         if self.index.by_count:
@@ -150,7 +151,7 @@ class PyAVDecoder:
                 try:
                     self.container.seek(offset, stream=self.stream)
                     packets = self.container.demux(self.stream)
-                    first = next(p for p in packets if p.is_keyframe or p.size == 0)
+                    first = next(p for p in packets if not p.size or _can_begin(p))
                 except (av.error.FFmpegError, StopIteration):
                     continue
                 if first.size and first.pts is not None and first.pts <= pts:
@@ -165,9 +166,13 @@ class PyAVDecoder:
         self._decoded = self._decode(packets)
 
     def _decode(self, packets: Iterator[Packet]) -> Iterator[Decoded]:
-        by_count = self.index.by_count
-        count, latest, broken = 0, None, None  # broken: where damage was first met
-        for packet in self._whole_packets(packets):
+        by_count, damage = self.index.by_count, _Damage()
+        count, latest = 0, _BEFORE_ALL
+        for packet in _until_failure(packets):
+            where = count if by_count or packet.pts is None else packet.pts
+            if packet.size and packet.is_corrupt:
+                damage.met(where)
+                continue
             if packet.size and packet.is_keyframe and packet.pts is not None:
                 self._key = max(self._key, self.index.key_before(packet.pts))
             try:
@@ -175,8 +180,7 @@ class PyAVDecoder:
             except av.error.EOFError:
                 return
             except av.error.FFmpegError:
-                if broken is None:
-                    broken = count if by_count else packet.pts
+                damage.met(where)
                 continue
             for picture in pictures:
                 self.frames_decoded += 1
@@ -184,29 +188,42 @@ class PyAVDecoder:
                 count += 1
                 if identity is None:
                     continue
-                if latest is not None and identity < latest:
+                if identity < latest:
                     raise UserError(
                         f"{self.name}: its frames come in another order than their times tell: "
                         f"convert it, for example with ffmpeg -i IN -c:v libx264 out.mp4"
                     )
                 latest = identity
-                intact = not picture.is_corrupt
-                anew = picture.key_frame and intact
-                if broken is None and not intact:
-                    broken = identity
-                elif broken is not None and anew and identity > broken:
-                    broken = None
-                yield Decoded(identity, picture, anew or broken is None)
+                yield Decoded(identity, picture, damage.spares(identity, picture))
 
-    def _whole_packets(self, packets: Iterator[Packet]) -> Iterator[Packet]:
-        """The packets that the index counted, and the empty one that ends the file."""
-        while True:
-            try:
-                packet = next(packets)
-            except (StopIteration, av.error.FFmpegError):
-                return
-            if not (packet.size and packet.is_corrupt):
-                yield packet
+
+class _Damage:
+    """Which pictures may be built on damaged data: all from the damage to the next keyframe."""
+
+    def __init__(self) -> None:
+        self.since: int | None = None
+
+    def met(self, where: int) -> None:
+        if self.since is None:
+            self.since = where
+
+    def spares(self, identity: int, picture: av.VideoFrame) -> bool:
+        if picture.is_corrupt:
+            self.met(identity)
+            return False
+        if picture.key_frame and self.since is not None and identity > self.since:
+            self.since = None
+        return bool(picture.key_frame) or self.since is None
+
+
+def _can_begin(packet: Packet) -> bool:
+    return packet.is_keyframe and not packet.is_corrupt
+
+
+def _until_failure(packets: Iterator[Packet]) -> Iterator[Packet]:
+    """The packets up to where the file cannot be read any further; the index ends there too."""
+    with suppress(av.error.FFmpegError):
+        yield from packets
 
 
 def index_by_decoding(name: str, index: FrameIndex) -> FrameIndex:

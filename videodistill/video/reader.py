@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
 
+import av
 import numpy as np
 
 from videodistill.errors import UserError
+from videodistill.video import decord_decoder
 from videodistill.video.container import VideoWarning, local_file, open_video
 from videodistill.video.index import index_packets
 from videodistill.video.picture import orientation_of, to_rgb
@@ -25,6 +27,11 @@ _TELLS_ITS_END = {"mp4", "matroska"}
 
 # Times go through decimal text and float arithmetic; a microsecond is far below any frame.
 _TOLERANCE = 1e-6
+
+
+def _holds(container: str, names: set[str]) -> bool:
+    """FFmpeg names a family of containers by a list: "mov,mp4,m4a,3gp,3g2,mj2"."""
+    return bool(set(container.split(",")) & names)
 
 
 @dataclass(frozen=True)
@@ -63,18 +70,29 @@ class FrameReader:
         if backend not in ("auto", "decord", "pyav"):
             raise ValueError(f"backend: expected 'auto', 'decord' or 'pyav', got {backend!r}")
         self.path = local_file(path)
+        self._closed, self._insists_on_decord = False, backend == "decord"
+        self._owner, self._lock = os.getpid(), threading.Lock()
         container, stream = open_video(self.path)
         with container:
             index = index_packets(container, stream)
-            self._container_name = container.format.name
-            self._codec_name = stream.codec_context.codec.canonical_name
+            formats = container.format.name, stream.codec_context.codec.canonical_name
+            video_streams = len(container.streams.video)
         if index.by_count:
             index = index_by_decoding(self.path, index)
-        self._owner, self._lock = os.getpid(), threading.Lock()
-        self._decoder: PyAVDecoder | None = PyAVDecoder(self.path, index)
-        self._closed = False
+        self._decoder = PyAVDecoder(self.path, index)
         try:
-            self._look_at_first_frame()
+            first = self._learn_from_first_frame(ends_surely=_holds(formats[0], _TELLS_ITS_END))
+            self._decord_obstacle = None
+            if backend != "pyav":
+                source = decord_decoder.Source(
+                    self.path,
+                    *formats,
+                    first.format.name,
+                    video_streams,
+                    self._orientation,
+                    self._upright(first),
+                )
+                self._decord_obstacle = decord_decoder.obstacle(source, self._decoder.index)
             self._choose_backend(backend)
         except BaseException:
             self.close()
@@ -82,32 +100,39 @@ class FrameReader:
         for notice in self.notices:
             warnings.warn(f"{self.path}: {notice}", VideoWarning, stacklevel=2)
 
-    def _look_at_first_frame(self) -> None:
-        found = self._decoder.first_frame() if len(self._decoder.index.pts) else None
-        if found is None:
+    def _learn_from_first_frame(self, *, ends_surely: bool) -> av.VideoFrame:
+        """Completes the index and sets all that describes the video."""
+        decoder = self._decoder
+        first = decoder.first_frame() if len(decoder.index.pts) else None
+        if first is None:
             raise UserError(f"{self.path}: holds no frame that can be decoded: get the file again")
-        frame = found.picture
-        if not self._decoder.index.by_count:
-            self._decoder.index = trim_to_decodable(
-                self._decoder,
-                found.identity,
-                check_end=bool(self._decoder.index.notices)
-                or not set(self._container_name.split(",")) & _TELLS_ITS_END,
+        if not decoder.index.by_count:
+            decoder.index = trim_to_decodable(
+                decoder, first.identity, check_end=bool(decoder.index.notices) or not ends_surely
             )
-        self._index = index = self._decoder.index
-        self._stored = (frame.height, frame.width)
-        self._pixels = frame.format.name
-        self._colours = (int(frame.colorspace), int(frame.color_range))
-        self.orientation = orientation_of(frame)
-        self.height, self.width = self.orientation.size(*self._stored)
+        index = decoder.index
+        self._stored = first.picture.height, first.picture.width
+        self._orientation = orientation_of(first.picture)
+        self.height, self.width = self._orientation.size(*self._stored)
         self.times = index.seconds()
         self.frame_count = len(self.times)
         self.duration = float(self.times[-1] + index.last_duration * float(index.time_base))
         self.fps = self.frame_count / self.duration
         self.notices = index.notices
+        return first.picture
 
     def _choose_backend(self, asked: Backend) -> None:
-        self.backend, self.backend_reason = "pyav", "asked for"
+        if asked == "pyav":
+            self.backend, self.backend_reason = "pyav", "asked for"
+        elif self._decord_obstacle is None:
+            self.backend, self.backend_reason = "decord", "its times and first frame agree"
+        elif asked == "auto":
+            self.backend, self.backend_reason = "pyav", self._decord_obstacle
+        else:
+            raise UserError(
+                f"{self.path}: decord cannot read it rightly ({self._decord_obstacle}): "
+                f"use backend 'auto' or 'pyav'"
+            )
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 [n, height, width, 3] RGB: the frames of these numbers, in this order.
@@ -122,16 +147,33 @@ class FrameReader:
             raise IndexError(f"frame {outside[0]} of {self.path}: it has {self.frame_count} frames")
         distinct, place = np.unique(wanted, return_inverse=True)
         with self._mine():
-            images = self._read_pyav(distinct)
-        if np.array_equal(distinct, wanted):
-            return images
-        return images[place]
+            if self.backend == "decord" and len(distinct):
+                images = self._read_decord(distinct)
+            else:
+                images = self._read_pyav(distinct)
+        return images if np.array_equal(distinct, wanted) else images[place]
 
     def _read_pyav(self, ascending: np.ndarray) -> np.ndarray:
         images = np.empty((len(ascending), self.height, self.width, 3), np.uint8)
         for image, i in zip(images, ascending.tolist(), strict=True):
-            image[:] = self.orientation.apply(to_rgb(self._decoder.frame(i), *self._stored))
+            image[:] = self._upright(self._decoder.frame(i))
         return images
+
+    def _read_decord(self, ascending: np.ndarray) -> np.ndarray:
+        try:
+            return decord_decoder.read(self.path, ascending)
+        except Exception as error:  # decord's own errors share no base but Exception
+            if self._insists_on_decord:
+                raise UserError(
+                    f"{self.path}: decord fails on it, its data may be damaged: "
+                    f"use backend 'auto' or 'pyav'"
+                ) from error
+            # What decord stumbles over PyAV reads, or names: damaged data, as a rule.
+            self.backend, self.backend_reason = "pyav", f"decord failed ({type(error).__name__})"
+            return self._read_pyav(ascending)
+
+    def _upright(self, picture: av.VideoFrame) -> np.ndarray:
+        return self._orientation.apply(to_rgb(picture, *self._stored))
 
     def _mine(self) -> threading.Lock:
         """The lock, with a decoder that belongs to this process."""
@@ -139,7 +181,7 @@ class FrameReader:
             raise ValueError(f"the reader of {self.path} is closed")
         if self._owner != os.getpid():
             self._owner, self._lock = os.getpid(), threading.Lock()
-            self._decoder = PyAVDecoder(self.path, self._index)
+            self._decoder = PyAVDecoder(self.path, self._decoder.index)
         return self._lock
 
     @property
@@ -191,7 +233,7 @@ class FrameReader:
     def close(self) -> None:
         """Closes the file; `times` and the like stay. Closing twice does nothing."""
         self._closed = True
-        if self._decoder is not None and self._owner == os.getpid():
+        if self._owner == os.getpid():
             self._decoder.close()
 
     def __enter__(self) -> FrameReader:
