@@ -41,18 +41,24 @@ def render(world: World, index: int, size: int) -> np.ndarray:
 
 
 def _backdrop(world: World, index: int, size: int) -> np.ndarray:
-    """A dark slope of colour with soft blobs that move with the camera, float32 [size, size, 3]."""
+    """A dark slope of colour with soft blobs that move with the camera, float32 [size, size, 3].
+
+    Three blobs, a slope along x and one along y are each a column times a row: one matrix product.
+    """
     dx, dy = world.pan(index)
-    at = (np.arange(size, dtype=np.float32) + 0.5) / size
+    at = (np.arange(size) + 0.5) / size
     random = world.backdrop
     base, slope_x, slope_y = 34 + 42 * random[0, :3], 24 * random[1, :3], 24 * random[2, :3]
-    picture = np.empty((size, size, 3), np.float32)
-    picture[:] = base + (slope_x * (at[:, None] - dx))[None] + (slope_y * (at[:, None] - dy))[:, None]
-    for x, y, width, strength, *_ in random[3:]:
-        spread = 0.05 + 0.1 * width
-        along_x = np.exp(-(((at - x - dx) / spread) ** 2))
-        along_y = np.exp(-(((at - y - dy) / spread) ** 2))
-        picture += ((36 * strength - 18) * np.outer(along_y, along_x).astype(np.float32))[..., None]
+    x, y, width, strength = random[3:, :4].T[..., None]
+    spread = 0.05 + 0.1 * width
+    along_x = np.exp(-(((at - x - dx) / spread) ** 2))
+    along_y = np.exp(-(((at - y - dy) / spread) ** 2)) * (36 * strength - 18)
+    columns = np.stack([*along_y, np.ones(size), at - dy], axis=1)
+    slope = base + slope_x * (at[:, None] - dx)
+    rows = [*np.repeat(along_x, 3, axis=1), slope.reshape(-1), np.tile(slope_y, size)]
+    picture = (columns.astype(np.float32) @ np.stack(rows).astype(np.float32)).reshape(
+        size, size, 3
+    )
     return picture.clip(0, 255, out=picture)
 
 

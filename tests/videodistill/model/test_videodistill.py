@@ -1,0 +1,291 @@
+"""The two properties that make the model VideoDistill, and the manners of its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.videodistill.tiny import tiny_clip
+from videodistill.encoders import load_encoder
+from videodistill.model import VideoDistill, VideoDistillConfig
+from videodistill.model.layers import LanguageGate
+
+N, S, M = 12, 16, 7
+
+
+def tiny_config(**settings) -> VideoDistillConfig:
+    sizes = {
+        "embed_dim": 24,
+        "patch_dim": 32,
+        "token_dim": 20,
+        "patch_grid": (4, 4),
+        "width": 32,
+        "heads": 4,
+        "frames": N,
+        "pick": 4,
+        "answers": ["red", "blue", "two"],
+    }
+    return VideoDistillConfig(**(sizes | settings))
+
+
+def inputs(videos: int = 2, questions: int = 2, frames: int = N, seed: int = 0) -> dict:
+    """Random features of a few questions about each of a few videos."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    rows = videos * questions
+    mask = torch.ones(rows, M, dtype=torch.bool)
+    mask[::2, M - 3 :] = False
+    return {
+        "frame_embed": normal(videos, frames, 24),
+        "patches": normal(videos, frames, S, 32),
+        "text_embed": normal(rows, 24),
+        "tokens": normal(rows, M, 20),
+        "token_mask": mask,
+    }
+
+
+def trained(config: VideoDistillConfig, seed: int = 0) -> VideoDistill:
+    """A model whose zero-initialised parts have left zero, as training leaves them."""
+    torch.manual_seed(seed)
+    model = VideoDistill(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+class Pinned:
+    """Hooks that record what each gate says, and later say the same again."""
+
+    def __init__(self, model: VideoDistill):
+        self.gates = [m for m in model.modules() if isinstance(m, LanguageGate)]
+        self.said: dict[LanguageGate, torch.Tensor] = {}
+
+    def record(self, run):
+        return self._with(lambda module, _, output: self.said.__setitem__(module, output), run)
+
+    def replay(self, run):
+        return self._with(lambda module, *_: self.said[module], run)
+
+    def _with(self, hook, run):
+        handles = [gate.register_forward_hook(hook) for gate in self.gates]
+        try:
+            return run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_language_only_gates_and_chooses(gate):
+    """Fixed choice, detached gates: the answer does not depend on the question at all."""
+    model = trained(tiny_config(gate=gate))
+    batch = inputs()
+    batch["tokens"].requires_grad_()
+    detach = lambda module, _, output: output.detach()  # noqa: E731
+    handles = [
+        m.register_forward_hook(detach) for m in model.modules() if isinstance(m, LanguageGate)
+    ]
+    output = model(**batch)  # inference takes the K best: the choice has no gradient
+    gradient = torch.autograd.grad(
+        output.answer_embed.sum(), batch["tokens"], allow_unused=True, retain_graph=True
+    )
+    assert gradient == (None,)
+    for handle in handles:
+        handle.remove()
+    through_gates = torch.autograd.grad(model(**batch).answer_embed.sum(), batch["tokens"])[0]
+    assert through_gates.abs().max() > 0, "the gates do not see the question: the test is empty"
+
+
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_pinned_gates_leave_nothing_of_the_question(gate):
+    """With every gate pinned and the choice fixed, tokens of NaN leave the answer bit-equal."""
+    model = trained(tiny_config(gate=gate))
+    batch = inputs()
+    pinned = Pinned(model)
+    with torch.no_grad():
+        before = pinned.record(lambda: model(**batch))
+        other = batch | {"tokens": torch.full_like(batch["tokens"], float("nan"))}
+        after = pinned.replay(lambda: model(**other))
+        unpinned = model(**batch | {"tokens": batch["tokens"].flip(0)})
+    assert torch.equal(before.sample.indices, after.sample.indices)
+    assert torch.equal(before.answer_embed, after.answer_embed)
+    assert not torch.equal(before.answer_embed, unpinned.answer_embed), "the gates see nothing"
+
+
+def test_untrained_answers_as_clip_does(tmp_path):
+    """A fresh model scores choices as CLIPModel itself does on the frames most like the question."""
+    from transformers import AutoTokenizer, CLIPModel
+
+    folder = tiny_clip(tmp_path / "clip")
+    encoder = load_encoder(folder)
+    model = VideoDistill.for_encoder(encoder, width=32, heads=4, pick=3, frames=9).eval()
+    frames = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8)
+    question, choices = "what colour is the small circle?", ["red", "a blue square", "yes"]
+
+    features = encoder.encode_frames(frames.numpy())
+    asked, offered = encoder.encode_texts([question]), encoder.encode_texts(choices)
+    with torch.no_grad():
+        output = model(
+            features.frame_embed[None],
+            features.patches[None],
+            asked.text_embed,
+            asked.tokens,
+            asked.mask,
+        )
+        ours = model.choice_logits(output.answer_embed, offered.text_embed[None])[0]
+
+    clip, tokenizer = (
+        CLIPModel.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        tokens = tokenizer([question, *choices], padding=True, return_tensors="pt")
+        theirs = clip(**tokens, pixel_values=encoder.preprocess(frames.numpy()))
+        texts = F.normalize(theirs.text_embeds, dim=-1)
+        images = F.normalize(theirs.image_embeds, dim=-1)
+        best = (images @ texts[0]).topk(3).indices.sort().values
+        seen = F.normalize(images[best].mean(0), dim=-1)
+        expected = clip.logit_scale.exp() * texts[1:] @ seen
+    assert output.sample.indices[0].tolist() == best.tolist()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert ours.argmax() == expected.argmax()
+
+
+def test_fresh_answer_is_exactly_the_mean_of_the_chosen_frames():
+    torch.manual_seed(0)
+    model = VideoDistill(tiny_config()).eval()
+    batch = inputs(videos=1, questions=1)
+    with torch.no_grad():
+        output = model(**batch)
+    e = F.normalize(batch["frame_embed"][0], dim=-1)[output.sample.indices[0]]
+    assert torch.equal(output.answer_embed[0], e.sum(0) / 4)
+
+
+def test_save_and_load(tmp_path):
+    model = trained(tiny_config(encoder="somewhere", encoder_fingerprint="0123456789abcdef"))
+    model.save_pretrained(tmp_path / "head")
+    names = {path.name for path in (tmp_path / "head").iterdir()}
+    assert {"config.json", "model.safetensors"} <= names
+    again = VideoDistill.from_pretrained(tmp_path / "head")
+    assert again.config == model.config
+    assert dataclasses.asdict(again.config)["answers"] == ["red", "blue", "two"]
+    batch = inputs()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).answer_embed, again.eval()(**batch).answer_embed)
+
+
+def test_questions_share_a_video():
+    """Four questions about two videos: the same as each alone."""
+    model = trained(tiny_config())
+    batch = inputs(videos=2, questions=2)
+    with torch.no_grad():
+        together = model(**batch)
+        for row in range(4):
+            video = slice(row // 2, row // 2 + 1)
+            alone = model(
+                batch["frame_embed"][video],
+                batch["patches"][video],
+                batch["text_embed"][row : row + 1],
+                batch["tokens"][row : row + 1],
+                batch["token_mask"][row : row + 1],
+            )
+            assert torch.equal(alone.sample.indices[0], together.sample.indices[row])
+            torch.testing.assert_close(alone.answer_embed[0], together.answer_embed[row])
+
+
+def test_padding_changes_nothing():
+    """Masked candidate frames and masked tokens, NaN or not, leave the answer as it is."""
+    model = trained(tiny_config())
+    batch = inputs(videos=1, questions=1, frames=6)
+    times = (torch.arange(6)[None] + 0.5) / 6
+    with torch.no_grad():
+        alone = model(**batch, times=times)
+        padded = dict(batch)
+        for name, filler in (("frame_embed", 7.0), ("patches", 7.0)):
+            tail = torch.full_like(batch[name][:, :2], filler)
+            padded[name] = torch.cat([batch[name], tail], dim=1)
+        padded["tokens"] = batch["tokens"].masked_fill(~batch["token_mask"][..., None], torch.nan)
+        mask = torch.arange(8)[None] < 6
+        with_padding = model(**padded, frame_mask=mask, times=F.pad(times, (0, 2), value=1.0))
+    assert torch.equal(alone.sample.indices, with_padding.sample.indices)
+    torch.testing.assert_close(alone.answer_embed, with_padding.answer_embed)
+
+
+def test_fewer_real_frames_than_slots():
+    model = trained(tiny_config())
+    batch = inputs(videos=1, questions=1, frames=6)
+    mask = torch.tensor([[True, True, False, False, False, False]])
+    with torch.no_grad():
+        output = model(**batch, frame_mask=mask)
+    assert output.sample.slot_mask.tolist() == [[True, True, False, False]]
+    assert output.answer_embed.isfinite().all()
+    assert output.patch_gates[0, 2:].eq(0).all()
+
+
+def test_every_parameter_learns():
+    """One training step reaches all weights but those behind a zero that has yet to leave zero."""
+    torch.manual_seed(0)
+    model = trained(tiny_config()).train()
+    output = model(**inputs(), seed=1)
+    loss = model.vocabulary_logits(output.answer_embed).logsumexp(-1).sum()
+    loss.backward()
+    silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().any()]
+    assert silent == []
+
+
+@pytest.mark.parametrize("choice", ["uniform", "random"])
+def test_controls_ignore_the_question(choice):
+    model = trained(tiny_config(frame_choice=choice))
+    batch = inputs()
+    torch.manual_seed(3)
+    first = model(**batch).sample.indices
+    batch["tokens"], batch["text_embed"] = batch["tokens"].flip(0), batch["text_embed"].flip(0)
+    torch.manual_seed(3)
+    assert torch.equal(first, model(**batch).sample.indices)
+    if choice == "uniform":
+        assert first[0].tolist() == [1, 4, 7, 10]
+
+
+def test_other_numbers_of_frames():
+    """A model made for 12 frames takes 3 or 40, and another K."""
+    model = trained(tiny_config())
+    for frames, pick in ((3, 3), (40, 6), (1, 1)):
+        with torch.no_grad():
+            output = model(**inputs(frames=frames), pick=pick)
+        assert output.sample.indices.shape == (4, pick)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"heads": 5}, "width 32 is not a multiple of heads 5"),
+        ({"gate": "vector"}, "gate must be one of"),
+        ({"pick": 0}, "pick must be a positive integer"),
+        ({"sampling": "best"}, "sampling must be one of"),
+    ],
+)
+def test_config_refuses(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**settings)
+
+
+def test_bad_batches_are_refused():
+    model = trained(tiny_config())
+    batch = inputs(videos=2, questions=2)
+    with pytest.raises(ValueError, match="3 questions cannot be shared evenly by 2 videos"):
+        model(
+            batch["frame_embed"],
+            batch["patches"],
+            *(batch[name][:3] for name in ("text_embed", "tokens", "token_mask")),
+        )
+    with pytest.raises(ValueError):
+        model(**batch, pick=N + 1)
+    with pytest.raises(ValueError, match="no answer vocabulary"):
+        trained(tiny_config(answers=[])).vocabulary_logits(torch.zeros(1, 24))

@@ -1,0 +1,54 @@
+"""Answering: from the answer embedding, which holds vision alone, and from nothing else."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from videodistill.model.config import VideoDistillConfig
+
+
+class AnswerHead(nn.Module):
+    """Joins the chosen frames and the refiner's grains into one embedding in the joint space.
+
+    ``a`` = mean of the chosen frames' unit embeddings + W(grains), with W starting at zero: an
+    untrained head answers as the frozen encoder does.
+    """
+
+    def __init__(self, config: VideoDistillConfig):
+        super().__init__()
+        grains = 3 * config.refiner_blocks * config.width
+        self.adapt = nn.Sequential(
+            nn.LayerNorm(grains),
+            nn.Linear(grains, config.width),
+            nn.GELU(),
+            nn.Linear(config.width, config.embed_dim),
+        )
+        nn.init.zeros_(self.adapt[-1].weight)
+        nn.init.zeros_(self.adapt[-1].bias)
+        self.classifier = (
+            nn.Linear(config.embed_dim, len(config.answers)) if config.answers else None
+        )
+        self.logit_scale = config.logit_scale
+
+    def forward(self, e: Tensor, slot_mask: Tensor, grains: Tensor) -> Tensor:
+        """The answer embedding [B,C_a] of frames ``e`` [B,K,C_a] (unit) and ``grains``."""
+        real = slot_mask.sum(1, keepdim=True).clamp_min(1)
+        seen = (e * slot_mask[:, :, None]).sum(1) / real
+        return seen + self.adapt(grains)
+
+    def choice_logits(self, answer_embed: Tensor, choice_embed: Tensor) -> Tensor:
+        """logit_scale · cosine of [B,C_a] with [B|1,A,C_a]: [B,A]."""
+        a, c = F.normalize(answer_embed, dim=-1), F.normalize(choice_embed, dim=-1)
+        return self.logit_scale * torch.einsum("bc,bac->ba", a, c.expand(len(a), -1, -1))
+
+    def vocabulary_logits(self, answer_embed: Tensor) -> Tensor:
+        """[B, len(config.answers)].
+
+        Raises:
+            ValueError: The model has no vocabulary.
+        """
+        if self.classifier is None:
+            raise ValueError("this model has no answer vocabulary: give choices instead")
+        return self.classifier(answer_embed)

@@ -1,0 +1,72 @@
+"""Everything that decides a VideoDistill model but its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class VideoDistillConfig:
+    """Sizes, choices and the encoder that a head was made for.
+
+    The defaults are the reference configuration of the benchmarks, on CLIP ViT-B/16.
+    """
+
+    embed_dim: int = 512
+    """Width of the encoder's joint space (C_a)."""
+    patch_dim: int = 768
+    """Width of its patches (C_v)."""
+    token_dim: int = 512
+    """Width of its question tokens (C_t)."""
+    patch_grid: tuple[int, int] = (14, 14)
+    """Rows and columns of patches in a frame."""
+
+    width: int = 768
+    heads: int = 12
+    sampler_blocks: int = 2
+    refiner_blocks: int = 2
+    ffn_ratio: int = 4
+    gate: str = "scalar"
+    """"scalar": one gate per token and head; "channel": one per channel."""
+
+    frames: int = 32
+    """Candidate frames that a video is sampled at (N) unless the caller says otherwise."""
+    pick: int = 8
+    """Frames that the sampler keeps (K)."""
+    frame_choice: str = "learned"
+    """"learned", or the controls it is compared with: "uniform", "random"."""
+    sampling: str = "perturbed"
+    """How frames are drawn in training: "perturbed" or "gumbel"; inference takes the K best."""
+    sigma: float = 0.1
+    """Noise of "perturbed", in units of the standard deviation of a video's frame scores."""
+    num_samples: int = 64
+    temperature: float = 1.0
+    """Of "gumbel"."""
+
+    logit_scale: float = 100.0
+    """Turns cosines with answers into logits: the encoder's own."""
+    choice_template: str = "{}"
+    """What an answer is put into before the encoder's text tower sees it."""
+    answers: list[str] = field(default_factory=list)
+    """The vocabulary of open-ended answers that the classifier was trained on; may be empty."""
+
+    encoder: str = ""
+    """Hub id, or folder beside config.json, of the encoder; empty when none is named."""
+    encoder_fingerprint: str = ""
+    """What its weights must hash to; empty accepts any encoder of the right sizes."""
+
+    def __post_init__(self) -> None:
+        self.patch_grid = tuple(self.patch_grid)
+        for name in ("embed_dim", "patch_dim", "token_dim", "width", "heads", "frames", "pick"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        allowed = {
+            "gate": ("scalar", "channel"),
+            "frame_choice": ("learned", "uniform", "random"),
+            "sampling": ("perturbed", "gumbel"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {values}, not {getattr(self, name)!r}")

@@ -1,0 +1,125 @@
+"""Observing: what in the chosen frames has to do with the question?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vd_kernels import spacetime_attention
+from videodistill.model.config import VideoDistillConfig
+from videodistill.model.layers import LanguageGate, TimeEmbedding, feed_forward
+
+
+class Refined(NamedTuple):
+    """What the refiner hands on."""
+
+    grains: Tensor
+    """[B, refiner_blocks · 3 · C]: patches, frames and clip, pooled after each block."""
+    patch_gates: Tensor
+    """[B,K,S]: the last block's pooling gates, averaged over heads; for pictures."""
+
+
+class RefinerBlock(nn.Module):
+    """Attention over time, attention over space, a feed-forward.
+
+    Each attention's output is scaled by the question's gate before it joins the residual.
+    """
+
+    def __init__(self, config: VideoDistillConfig):
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        channelwise = config.gate == "channel"
+        self.norms = nn.ModuleDict({axis: nn.LayerNorm(width) for axis in ("time", "space")})
+        self.gates = nn.ModuleDict(
+            {
+                axis: LanguageGate(width, config.token_dim, self.heads, channelwise=channelwise)
+                for axis in ("time", "space")
+            }
+        )
+        self.qkv = nn.ModuleDict({axis: nn.Linear(width, 3 * width) for axis in ("time", "space")})
+        self.out = nn.ModuleDict({axis: nn.Linear(width, width) for axis in ("time", "space")})
+        self.ffn = feed_forward(width, config.ffn_ratio)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor, token_mask: Tensor, slot_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B,K,S,C] to tokens, and the space gates [B,K,S,H,1|D] that pool them."""
+        for axis in ("time", "space"):
+            normed = self.norms[axis](x)
+            gate = self.gates[axis](normed.flatten(1, 2), tokens, token_mask)
+            gate = gate.unflatten(1, x.shape[1:3])
+            qkv = self.qkv[axis](normed).unflatten(-1, (3, self.heads, -1))
+            seen = spacetime_attention(*qkv.unbind(3), axis=axis, key_mask=slot_mask, gate=gate)
+            x = x + self.out[axis](seen.flatten(3))
+        return x + self.ffn(x), gate
+
+
+class VisionRefiner(nn.Module):
+    """Blocks of gated attention over the chosen frames, and what they pool.
+
+    A frame is its patches and one token more, the encoder's embedding of the whole frame: through
+    it frames can be compared whatever the position of what they show.
+    """
+
+    def __init__(self, config: VideoDistillConfig):
+        super().__init__()
+        width = config.width
+        patches = config.patch_grid[0] * config.patch_grid[1]
+        self.patch = nn.Sequential(
+            nn.LayerNorm(config.patch_dim), nn.Linear(config.patch_dim, width)
+        )
+        self.frame = nn.Linear(config.embed_dim, width)
+        self.position = nn.Parameter(torch.randn(1 + patches, width) * 0.02)
+        self.time = TimeEmbedding(width)
+        self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.refiner_blocks))
+        self.heads = config.heads
+        self.embed_scale = config.embed_dim**0.5
+
+    def forward(
+        self,
+        patches: Tensor,
+        e: Tensor,
+        times: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        slot_mask: Tensor | None,
+    ) -> Refined:
+        """Refine the chosen frames.
+
+        Args:
+            patches: [B,K,S,C_v].
+            e: [B,K,C_a], unit embeddings of the frames.
+            times: [B,K] in [0,1].
+            tokens: [B,M,C_t]; token_mask: bool [B,M].
+            slot_mask: bool [B,K], False where a video had fewer frames than K; None where none had.
+        """
+        frame = self.frame(e * self.embed_scale).unsqueeze(2)
+        x = torch.cat([frame, self.patch(patches)], dim=2)
+        x = x + self.position + self.time(times).unsqueeze(2)
+        grains = []
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            x, gates = block(x, tokens, token_mask, slot_mask)
+            if slot_mask is not None:
+                gates = gates * slot_mask[:, :, None, None, None]
+            grains += self._pool(norm(x), gates, slot_mask)
+        return Refined(torch.cat(grains, dim=-1), gates[:, :, 1:].mean(dim=(-2, -1)))
+
+    def _pool(self, x: Tensor, gates: Tensor, slot_mask: Tensor | None) -> list[Tensor]:
+        """Three grains [B,C] of tokens [B,K,1+S,C], each weighted by its gates.
+
+        Patches: their gated mean, with the gates as weights that sum to one. Frames and clip:
+        sums of gated frame tokens and patches over their number, which shrink with the gates and
+        so keep how much there was to see.
+        """
+        gated = gates * x.unflatten(-1, (self.heads, -1))
+        frames, patches = gated[:, :, 0], gated[:, :, 1:]
+        real: float | Tensor = x.shape[1]
+        if slot_mask is not None:
+            real = slot_mask.sum(1).clamp_min(1)[:, None, None].to(x.dtype)
+        weight = gates[:, :, 1:].sum(dim=(1, 2)) + 1e-6
+        total = patches.sum(dim=(1, 2))
+        grains = [total / weight, frames.sum(1) / real, total / (real * patches.shape[2])]
+        return [grain.flatten(1) for grain in grains]

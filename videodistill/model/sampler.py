@@ -1,0 +1,131 @@
+"""Thinking: which frames does the question need?"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vd_kernels import TopKSample, spacetime_attention, topk_sample
+from videodistill.model.config import VideoDistillConfig
+from videodistill.model.layers import LanguageGate, TimeEmbedding, feed_forward
+
+
+class SamplerBlock(nn.Module):
+    """Attention over time, the language gate, a feed-forward; pre-norm, residual."""
+
+    def __init__(self, config: VideoDistillConfig):
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.time_norm, self.gate_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.time_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.gate = LanguageGate(
+            width, config.token_dim, config.heads, channelwise=config.gate == "channel"
+        )
+        self.value, self.gate_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.ffn = feed_forward(width, config.ffn_ratio)
+
+    def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor, frame_mask: Tensor | None):
+        """Frame states [B,N,C] to frame states."""
+        qkv = self.qkv(self.time_norm(x)).unflatten(-1, (3, 1, self.heads, -1))
+        seen = spacetime_attention(*qkv.unbind(2), axis="time", key_mask=frame_mask)
+        x = x + self.time_out(seen.flatten(2))
+        normed = self.gate_norm(x)
+        gate = self.gate(normed, tokens, token_mask)
+        value = self.value(normed).unflatten(-1, (self.heads, -1))
+        x = x + self.gate_out((gate * value).flatten(2))
+        return x + self.ffn(x)
+
+
+class FrameSampler(nn.Module):
+    """Scores candidate frames by the question and picks the K best.
+
+    A frame's score is its similarity with the question in the encoder's joint space, plus what
+    ``sampler_blocks`` of looking at the other frames add; that part starts at zero, so an
+    untrained sampler picks the frames that are most similar to the question.
+    """
+
+    def __init__(self, config: VideoDistillConfig):
+        super().__init__()
+        self.config = config
+        self.state = nn.Linear(2 * config.embed_dim, config.width)
+        self.time = TimeEmbedding(config.width)
+        self.blocks = nn.ModuleList(SamplerBlock(config) for _ in range(config.sampler_blocks))
+        self.norm = nn.LayerNorm(config.width)
+        self.similarity = nn.Parameter(torch.tensor(10.0))
+        self.score = nn.Linear(config.width, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def score_frames(
+        self,
+        frame_embed: Tensor,
+        text_embed: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        times: Tensor,
+        frame_mask: Tensor | None,
+    ) -> Tensor:
+        """Scores [B,N], fp32, of mean 0 and variance 1 over the real frames of each video.
+
+        Args:
+            frame_embed: [B,N,C_a], not normalised.
+            text_embed: [B,C_a], not normalised.
+            tokens: [B,M,C_t]; token_mask: bool [B,M].
+            times: [B,N] in [0,1]; frame_mask: bool [B,N] or None.
+        """
+        e = F.normalize(frame_embed, dim=-1)
+        change = torch.cat([torch.zeros_like(e[:, :1]), e[:, 1:] - e[:, :-1]], dim=1)
+        # Unit vectors have elements of size C_a^-1/2; the layers like elements of size 1.
+        states = torch.cat([e, change], dim=-1) * self.config.embed_dim**0.5
+        x = self.state(states) + self.time(times)
+        for block in self.blocks:
+            x = block(x, tokens, token_mask, frame_mask)
+        cosine = (e @ F.normalize(text_embed, dim=-1)[:, :, None]).squeeze(-1)
+        return _standardise(
+            self.similarity * cosine.float() + self.score(self.norm(x)).squeeze(-1).float(),
+            frame_mask,
+        )
+
+    def choose(
+        self, scores: Tensor, pick: int, frame_mask: Tensor | None, seed: int | Tensor | None
+    ) -> TopKSample:
+        """K frames of N in order of time: drawn in training, the best ones otherwise."""
+        config = self.config
+        if config.frame_choice == "random":
+            scores = torch.rand_like(scores)
+        elif config.frame_choice == "uniform":
+            scores = _uniform_scores(scores, pick, frame_mask)
+        elif self.training:
+            return topk_sample(
+                scores,
+                pick,
+                method=config.sampling,
+                sigma=config.sigma,
+                num_samples=config.num_samples,
+                temperature=config.temperature,
+                mask=frame_mask,
+                seed=seed,
+            )
+        return topk_sample(scores, pick, method="hard", mask=frame_mask)
+
+
+def _standardise(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean 0, variance 1 over the real frames.
+
+    The ranking stays. What it prevents: cross-entropy likes scores to grow without end, and with
+    them much larger than the noise of the draw no draw differs and the gradient vanishes.
+    """
+    real = torch.ones_like(scores) if mask is None else mask.to(scores.dtype)
+    count = real.sum(-1, keepdim=True).clamp_min(1)
+    centred = (scores - (scores * real).sum(-1, keepdim=True) / count) * real
+    variance = centred.square().sum(-1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + 1e-6)
+
+
+def _uniform_scores(scores: Tensor, pick: int, mask: Tensor | None) -> Tensor:
+    """Scores whose K best are the frames at the centres of K equal parts of the real frames."""
+    frames = scores.shape[-1]
+    count = frames if mask is None else mask.sum(-1, keepdim=True)
+    centres = (torch.arange(pick, device=scores.device) + 0.5) * count / pick
+    chosen = torch.zeros_like(scores)
+    return chosen.scatter(-1, centres.long().expand(*scores.shape[:-1], pick), 1.0)

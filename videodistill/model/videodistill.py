@@ -1,0 +1,154 @@
+"""The whole model: thinking, observing, answering over features of a frozen encoder."""
+
+# Annotations stay real here: PyTorchModelHubMixin reads the type of ``config`` from them.
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from vd_kernels import TopKSample, topk_gather
+from videodistill.model.answering import AnswerHead
+from videodistill.model.config import VideoDistillConfig
+from videodistill.model.refiner import VisionRefiner
+from videodistill.model.sampler import FrameSampler
+
+
+class VideoDistillOutput(NamedTuple):
+    """One row per question."""
+
+    answer_embed: Tensor
+    """``a`` [B,C_a]: question-related vision in the encoder's joint space."""
+    scores: Tensor
+    """[B,N]: how much each candidate frame is wanted; mean 0 and variance 1 over a video."""
+    sample: TopKSample
+    """The choice: weights [B,K,N], indices [B,K] in order of time, slot_mask [B,K]."""
+    patch_gates: Tensor
+    """[B,K,S] in (0,1): the last pooling gates, averaged over heads."""
+
+
+class VideoDistill(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="videodistill",
+    tags=["video-question-answering"],
+    license="apache-2.0",
+):
+    """VideoDistill (Zou et al., CVPR 2024, arXiv 2404.00973), our reconstruction of it.
+
+    ``from_pretrained`` and ``save_pretrained`` read and write a directory (or a hub repository)
+    with ``config.json`` and ``model.safetensors``.
+    """
+
+    def __init__(self, config: VideoDistillConfig):
+        super().__init__()
+        self.config = config
+        self.sampler = FrameSampler(config)
+        self.refiner = VisionRefiner(config)
+        self.answering = AnswerHead(config)
+
+    @classmethod
+    def for_encoder(cls, encoder, **settings) -> "VideoDistill":
+        """A fresh model for an encoder's sizes: untrained, it answers as the encoder alone does.
+
+        Args:
+            encoder: An ``ImageTextEncoder``.
+            **settings: Other fields of :class:`VideoDistillConfig`.
+        """
+        sizes = {
+            "embed_dim": encoder.embed_dim,
+            "patch_dim": encoder.patch_dim,
+            "token_dim": encoder.token_dim,
+            "patch_grid": encoder.grid,
+            "logit_scale": encoder.logit_scale,
+            "encoder": encoder.name,
+            "encoder_fingerprint": encoder.fingerprint,
+        }
+        return cls(VideoDistillConfig(**(sizes | settings)))
+
+    def forward(
+        self,
+        frame_embed: Tensor,
+        patches: Tensor,
+        text_embed: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        *,
+        frame_mask: Tensor | None = None,
+        times: Tensor | None = None,
+        pick: int | None = None,
+        seed: int | Tensor | None = None,
+        score_bias: Tensor | None = None,
+    ) -> VideoDistillOutput:
+        """Look at V videos to answer B questions, B/V consecutive ones about each video.
+
+        Args:
+            frame_embed: [V,N,C_a], as the encoder gives them.
+            patches: [V,N,S,C_v].
+            text_embed: [B,C_a].
+            tokens: [B,M,C_t]; token_mask: bool [B,M], True where real.
+            frame_mask: bool [V,N], True where real; None when all are.
+            times: [V,N], when each frame is, as a fraction of the video; None means even spacing.
+            pick: K; ``config.pick`` when None.
+            seed: Of the draw of frames in training; see ``vd_kernels.topk_sample``.
+            score_bias: [B,N], added to the scores when frames are chosen, e.g. to help
+                ground-truth frames into the choice early in training.
+
+        Raises:
+            ValueError: B is not a multiple of V, or K is not in 1..N.
+        """
+        videos, frames = frame_embed.shape[:2]
+        questions, extra = divmod(len(text_embed), videos)
+        if extra or not questions:
+            raise ValueError(
+                f"{len(text_embed)} questions cannot be shared evenly by {videos} videos"
+            )
+        if times is None:
+            times = (torch.arange(frames, device=frame_embed.device) + 0.5) / frames
+            times = times.expand(videos, frames)
+
+        def per_question(x: Tensor | None) -> Tensor | None:
+            return x if x is None or questions == 1 else x.repeat_interleave(questions, dim=0)
+
+        scores = self.sampler.score_frames(
+            per_question(frame_embed),
+            text_embed,
+            tokens,
+            token_mask,
+            per_question(times),
+            per_question(frame_mask),
+        )
+        pick = self.config.pick if pick is None else pick
+        wanted = scores if score_bias is None else scores + score_bias
+        sample = self.sampler.choose(wanted, pick, per_question(frame_mask), seed)
+
+        # A video's questions gather from it together, so its features are not repeated.
+        together = TopKSample(
+            *(part.unflatten(0, (videos, questions)).flatten(1, 2) for part in sample)
+        )
+
+        def gather(values: Tensor) -> Tensor:
+            return topk_gather(values, together).unflatten(1, (questions, pick)).flatten(0, 1)
+
+        e = gather(F.normalize(frame_embed, dim=-1))
+        refined = self.refiner(
+            gather(patches),
+            e,
+            gather(times),
+            tokens,
+            token_mask,
+            # Without a mask every slot is filled; attention need not look.
+            None if frame_mask is None else sample.slot_mask,
+        )
+        answer_embed = self.answering(e, sample.slot_mask, refined.grains)
+        return VideoDistillOutput(answer_embed, scores, sample, refined.patch_gates)
+
+    def choice_logits(self, answer_embed: Tensor, choice_embed: Tensor) -> Tensor:
+        """logit_scale · cosine of answers [B,C_a] with choices [B|1,A,C_a]: [B,A]."""
+        return self.answering.choice_logits(answer_embed, choice_embed)
+
+    def vocabulary_logits(self, answer_embed: Tensor) -> Tensor:
+        """[B, len(config.answers)]; ValueError when the model has no vocabulary."""
+        return self.answering.vocabulary_logits(answer_embed)
