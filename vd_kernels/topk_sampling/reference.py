@@ -83,7 +83,7 @@ class _Perturbed(torch.autograd.Function):
         indices = choose(scores, k, order)  # I_0
         # Every sample has as many real frames as its row, so I_i is spare where I_0 is.
         drawn = choose(scores.unsqueeze(1) + sigma * noise, k, order)  # I_i [R,n,K]
-        cells = _cells(drawn, frames).view(rows, samples * k)
+        cells = _cells(drawn, frames).flatten(1)
         counts = scores.new_zeros(rows, k * frames)
         counts.scatter_add_(1, cells, scores.new_ones(()).expand(cells.shape))
         weights = counts.view(rows, k, frames) / samples
@@ -114,11 +114,11 @@ def _cells(indices: Tensor, frames: int) -> Tensor:
 
 def _exact_gradient(grad: Tensor, noise: Tensor, indices: Tensor, drawn: Tensor) -> Tensor:
     """sigma * d loss/d scores, the full vector-Jacobian product with a leave-one-out baseline."""
-    rows, samples, frames = noise.shape
-    flat = grad.reshape(rows, -1)
+    samples, frames = noise.shape[1:]
+    flat = grad.flatten(1)
     # c_i = Σ_k (G[k,I_i[k]] - G[k,I_0[k]]): the difference first, so that it is exactly 0 where a
     # sample chose as the scores do, and no small sigma can blow up a rounding error.
-    at_drawn = flat.gather(1, _cells(drawn, frames).view(rows, -1)).view(drawn.shape)
+    at_drawn = flat.gather(1, _cells(drawn, frames).flatten(1)).view(drawn.shape)
     at_best = flat.gather(1, _cells(indices, frames)).unsqueeze(1)
     gains = (at_drawn - at_best).sum(-1)
     if samples > 1:
@@ -128,10 +128,10 @@ def _exact_gradient(grad: Tensor, noise: Tensor, indices: Tensor, drawn: Tensor)
 
 def _diagonal_gradient(grad: Tensor, noise: Tensor, indices: Tensor, drawn: Tensor) -> Tensor:
     """sigma times what published code returns: 1/n Σ_k G[k,t] Σ_i [I_i[k] = t] Z_it."""
-    rows, samples, frames = noise.shape
-    chosen_noise = noise.gather(-1, drawn.clamp(min=0)).view(rows, -1)
-    summed = torch.zeros_like(grad).view(rows, -1)
-    summed.scatter_add_(1, _cells(drawn, frames).view(rows, -1), chosen_noise)
+    samples, frames = noise.shape[1:]
+    chosen_noise = noise.gather(-1, drawn.clamp(min=0)).flatten(1)
+    summed = grad.new_zeros(grad.shape).flatten(1)
+    summed.scatter_add_(1, _cells(drawn, frames).flatten(1), chosen_noise)
     return (grad * summed.view(grad.shape)).sum(1) / samples
 
 
