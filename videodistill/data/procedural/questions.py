@@ -96,7 +96,10 @@ class _Asker:
             if what == "colour":
                 known, answer = event.visitor.shape, event.visitor.colour
                 text = self.one(
-                    ("what colour is the {} that comes in?", "what is the colour of the visiting {}?")
+                    (
+                        "what colour is the {} that comes in?",
+                        "what is the colour of the visiting {}?",
+                    )
                 ).format(known)
             else:
                 known, answer = event.visitor.colour, event.visitor.shape
@@ -165,7 +168,10 @@ class _Asker:
         victim = self.world.residents[event.resident].name
         what, answer = self.attribute(event.visitor)
         text = self.one(
-            ("what {} is the thing that makes the {} shrink?", "what is the {} of what hits the {}?")
+            (
+                "what {} is the thing that makes the {} shrink?",
+                "what is the {} of what hits the {}?",
+            )
         )
         program = f"query_{what}(cause(shrink({victim})))"
         return _Draft(text.format(what, victim), answer, program, (event,))

@@ -210,10 +210,15 @@ class _Draw:
             return options[(key + shift) % len(options)]
         return options[self.rng.integers(len(options))]
 
-    def new_thing(self, taken: set[tuple[str, str]], shapes: tuple[str, ...], size: str) -> Thing:
-        """A thing whose colour and shape together are not in ``taken``; adds them to it."""
+    def new_thing(
+        self, taken: set[tuple[str, str]], shapes: tuple[str, ...], size: str, rule: bool = False
+    ) -> Thing:
+        """A thing whose colour and shape together are not in ``taken``; adds them to it.
+
+        With ``rule`` a biased world lets its colour follow from its shape.
+        """
         shape = self.one(shapes)
-        colour = self.one(COLOURS, key=SHAPES.index(shape))
+        colour = self.one(COLOURS, key=SHAPES.index(shape) if rule else None)
         while (colour, shape) in taken:
             colour, shape = self.one(COLOURS), self.one(shapes)
         taken.add((colour, shape))
@@ -271,7 +276,7 @@ def sample_world(seed: tuple[int, ...], config: WorldConfig) -> World:
         event = Event(kind, 0, 0)
         if number < visitors:
             shapes = (counted,) if is_counted[number] else others
-            visitor = draw.new_thing(taken, shapes, draw.one(SIZES))
+            visitor = draw.new_thing(taken, shapes, draw.one(SIZES), rule=True)
             side = draw.one(SIDES, key=COLOURS.index(visitor.colour))
             event = replace(event, visitor=visitor, side=side, along=float(rng.random()))
         if kind == "carry":
