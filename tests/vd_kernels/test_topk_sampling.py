@@ -489,9 +489,14 @@ def test_the_choice_depends_on_seed_and_row_alone(method: str) -> None:
 
 
 def test_chunks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = normal_noise(9, 5, 13, 2, 3, CPU)
+    x = normal(9, 13).float()
+    expected = topk_sample(x, 4, sigma=1.0, num_samples=5, seed=2)
     monkeypatch.setattr("vd_kernels.topk_sampling.noise._CHUNK", 40)  # two rows of 5 * 4 counters
-    assert torch.equal(normal_noise(9, 5, 13, 2, 3, CPU), expected)
+    monkeypatch.setattr("vd_kernels.topk_sampling.reference._CHUNK", 270)  # four rows of 5 * 13
+    for one, other in zip(
+        topk_sample(x, 4, sigma=1.0, num_samples=5, seed=2), expected, strict=True
+    ):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -78,7 +78,8 @@ def topk_sample(
         temperature: of "gumbel" and "lapsum", > 0, in units of the scores.
         mask: bool [...,N], True where a frame is real.
         seed: int, or int64 tensor with one element. With None one is drawn by `torch.randint` on
-            scores' device, so that `torch.manual_seed` governs it.
+            scores' device, so that `torch.manual_seed` governs it; the ranks of a data-parallel run
+            must not share one.
         row_offset: row number of the first row: a batch cut in two draws the same noise when the
             second part is given the size of the first (rows count over all leading dimensions).
         noise: Z to use instead: [...,n,N] (n then replaces num_samples), for "gumbel" [...,1,N].

@@ -15,6 +15,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from vd_kernels._checks import full_precision
 from vd_kernels.topk_sampling.noise import gumbel_noise, normal_noise
 
+_CHUNK = 1 << 17  # perturbed scores at a time: larger temporaries are page-faulted anew each call
+
 __all__ = ["gather", "gumbel", "gumbel_noise", "hard", "lapsum", "normal_noise", "perturbed"]
 
 
@@ -82,7 +84,9 @@ class _Perturbed(torch.autograd.Function):
         samples = noise.shape[1]
         indices = choose(scores, k, order)  # I_0
         # Every sample has as many real frames as its row, so I_i is spare where I_0 is.
-        drawn = choose(scores.unsqueeze(1) + sigma * noise, k, order)  # I_i [R,n,K]
+        step = max(1, _CHUNK // max(1, samples * frames))
+        parts = zip(scores.split(step), noise.split(step), strict=True)
+        drawn = torch.cat([choose(x.unsqueeze(1) + sigma * z, k, order) for x, z in parts])
         cells = _cells(drawn, frames).flatten(1)
         counts = scores.new_zeros(rows, k * frames)
         counts.scatter_add_(1, cells, scores.new_ones(()).expand(cells.shape))
