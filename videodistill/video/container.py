@@ -19,6 +19,16 @@ _NOT_A_VIDEO = {"tty", "concat", "hls", "dash", "imf", "sdp", "rtsp", "applehttp
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
+def printable(name: str) -> str:
+    """A file name for a message of one line: control characters escaped, no longer than a line."""
+    text = name if name.isprintable() else ascii(name)[1:-1]
+    return text if len(text) <= 300 else text[:150] + "…" + text[-149:]
+
+
+def video_error(name: str, reason_and_remedy: str) -> UserError:
+    return UserError(f"{printable(name)}: {reason_and_remedy}")
+
+
 class VideoWarning(UserWarning):
     """A video is readable but not whole; the message says what is missing."""
 
@@ -33,29 +43,29 @@ def local_file(path: str | os.PathLike[str]) -> str:
     if not isinstance(name, str):
         raise TypeError(f"path: expected str or a path of str, got {type(path).__name__}")
     if not name or "\0" in name:
-        raise UserError(f"{name!r} is not a file name: give the path of a video file")
+        raise video_error(repr(name), "is not a file name: give the path of a video file")
     try:
         status = os.stat(name)
     except (FileNotFoundError, NotADirectoryError):
         if _URL.match(name):
-            raise UserError(
-                f"{name}: only local files are read, not URLs: download the video first"
+            raise video_error(
+                name, "only local files are read, not URLs: download the video first"
             ) from None
-        raise UserError(f"{name}: no such file: check the path") from None
+        raise video_error(name, "no such file: check the path") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}: cannot be read ({reason}): check path and permissions") from None
+        raise video_error(name, f"cannot be read ({reason}): check path and permissions") from None
     if stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{name}: is a directory: give a video file inside it")
+        raise video_error(name, "is a directory: give a video file inside it")
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{name}: is not a regular file: save the video to a file first")
+        raise video_error(name, "is not a regular file: save the video to a file first")
     if status.st_size == 0:
-        raise UserError(f"{name}: is empty (0 bytes): copy or download it again")
+        raise video_error(name, "is empty (0 bytes): copy or download it again")
     try:
         os.close(os.open(name, os.O_RDONLY))
     except OSError as error:
-        raise UserError(
-            f"{name}: cannot be read ({error.strerror}): check its permissions"
+        raise video_error(
+            name, f"cannot be read ({error.strerror}): check its permissions"
         ) from None
     return os.path.abspath(name)
 
@@ -73,9 +83,10 @@ def open_video(name: str) -> tuple[InputContainer, VideoStream]:
             "file:" + name, options={"protocol_whitelist": "file", "pattern_type": "none"}
         )
     except (av.error.FFmpegError, UnicodeError, ValueError) as error:
-        raise UserError(
-            f"{name}: is not a video that can be read ({reason_of(error)}): "
-            f"check that it plays, or download it again"
+        raise video_error(
+            name,
+            f"is not a video that can be read ({reason_of(error)}): "
+            f"check that it plays, or download it again",
         ) from None
     try:
         stream = _video_stream(name, container)
@@ -90,21 +101,22 @@ def open_video(name: str) -> tuple[InputContainer, VideoStream]:
 
 def _video_stream(name: str, container: InputContainer) -> VideoStream:
     if set(container.format.name.split(",")) & _NOT_A_VIDEO:
-        raise UserError(f"{name}: is not a video but {container.format.long_name}: give a video")
+        raise video_error(name, f"is not a video but {container.format.long_name}: give a video")
     streams = container.streams.video
     for stream in streams:
         if not stream.disposition & av.stream.Disposition.attached_pic:
             if stream.codec_context is None:
-                raise UserError(
-                    f"{name}: no decoder for its video stream: convert it, for example with "
-                    f"ffmpeg -i {Path(name).name} -c:v libx264 out.mp4"
+                raise video_error(
+                    name,
+                    f"no decoder for its video stream: convert it, for example with "
+                    f"ffmpeg -i {Path(name).name} -c:v libx264 out.mp4",
                 )
             return stream
     if streams:
-        raise UserError(f"{name}: holds sound and cover art but no video: give a video file")
+        raise video_error(name, "holds sound and cover art but no video: give a video file")
     if container.streams.audio:
-        raise UserError(f"{name}: holds sound but no video: give a video file")
-    raise UserError(f"{name}: holds no video stream: give a video file")
+        raise video_error(name, "holds sound but no video: give a video file")
+    raise video_error(name, "holds no video stream: give a video file")
 
 
 def reason_of(error: BaseException) -> str:

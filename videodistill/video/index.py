@@ -73,8 +73,7 @@ def index_packets(container: InputContainer, stream: VideoStream) -> FrameIndex:
     key_pts, key_dts = array("q"), array("q")
     codec = stream.codec_context.codec.canonical_name
     length_size = nal_length_size(codec, stream.codec_context.extradata)
-    # AVI stores no presentation times, and FFmpeg cannot guess the reordering of these codecs.
-    timeless = container.format.name == "avi" and codec in ("h264", "hevc")
+    timeless = _lacks_times(container.format.name, codec)
     clean_cuts, failure = True, None
     corrupt = hidden = 0
     last_dts = latest_key = -(1 << 63)
@@ -113,7 +112,7 @@ def index_packets(container: InputContainer, stream: VideoStream) -> FrameIndex:
     pts, first = np.unique(np.frombuffer(shown, np.int64), return_index=True)
     by_count = timeless or len(pts) < len(shown)
     told = durations[first[-1]] if len(first) else 0
-    last_duration = frame_duration(pts, told, time_base, stream)
+    last_duration = frame_duration(pts, told, time_base, stream.average_rate)
     if failure or corrupt:
         notices = [_damage(failure, corrupt, len(pts), stream.frames)]
     else:
@@ -128,6 +127,15 @@ def index_packets(container: InputContainer, stream: VideoStream) -> FrameIndex:
         clean_cuts=clean_cuts,
         notices=tuple(notices),
     )
+
+
+def _lacks_times(container: str, codec: str) -> bool:
+    """Where FFmpeg fills in times that contradict each other or change after a seek.
+
+    AVI stores no presentation times, which shows with codecs that reorder deeply; an MPEG program
+    stream stores them for some packets only.
+    """
+    return container == "mpeg" or (container == "avi" and codec in ("h264", "hevc"))
 
 
 def _damage(failure: str | None, corrupt: int, found: int, declared: int) -> str:
@@ -161,11 +169,11 @@ def _by_time(key_pts: array, key_dts: array) -> dict[str, np.ndarray]:
     return {"key_pts": pts[order], "key_dts": dts[order]}
 
 
-def frame_duration(pts: np.ndarray, told: int, time_base: Fraction, stream: VideoStream) -> int:
+def frame_duration(pts: np.ndarray, told: int, time_base: Fraction, rate: Fraction | None) -> int:
     """How long the last frame is shown: as told, else as frames usually are, else by the rate."""
     if told > 0:
         return told
     if len(pts) > 1:
         return max(1, int(np.median(np.diff(pts))))
-    seconds = 1 / stream.average_rate if stream.average_rate else _STILL_SECONDS
+    seconds = 1 / rate if rate else _STILL_SECONDS
     return max(1, round(seconds / time_base))

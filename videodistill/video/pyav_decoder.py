@@ -12,8 +12,7 @@ import av
 import numpy as np
 from av.packet import Packet
 
-from videodistill.errors import UserError
-from videodistill.video.container import open_video
+from videodistill.video.container import open_video, video_error
 from videodistill.video.index import FrameIndex, frame_duration
 
 # Seeking empties the decoder, so that it pays only when it jumps over some frames.
@@ -60,9 +59,10 @@ class PyAVDecoder:
         found = self._search(i if self.index.by_count else int(self.index.pts[i]))
         if found is None or not found.whole:
             seconds = float((self.index.pts[i] - self.index.pts[0]) * self.index.time_base)
-            raise UserError(
-                f"{self.name}: the frame at {seconds:.3f} s cannot be decoded, the data there are "
-                f"damaged: choose an interval without it, or get the file again"
+            raise video_error(
+                self.name,
+                f"the frame at {seconds:.3f} s cannot be decoded, the data there are "
+                f"damaged: choose an interval without it, or get the file again",
             )
         return found.picture
 
@@ -189,9 +189,10 @@ class PyAVDecoder:
                 if identity is None:
                     continue
                 if identity < latest:
-                    raise UserError(
-                        f"{self.name}: its frames come in another order than their times tell: "
-                        f"convert it, for example with ffmpeg -i IN -c:v libx264 out.mp4"
+                    raise video_error(
+                        self.name,
+                        "its frames come in another order than their times tell: "
+                        "convert it, for example with ffmpeg -i IN -c:v libx264 out.mp4",
                     )
                 latest = identity
                 yield Decoded(identity, picture, damage.spares(identity, picture))
@@ -235,14 +236,17 @@ def index_by_decoding(name: str, index: FrameIndex) -> FrameIndex:
     decoder = PyAVDecoder(name, replace(index, by_count=True, pts=np.empty(0, np.int64)))
     try:
         told = [decoded.picture.pts for decoded in decoder.every_frame()]
-        unit, stream = index.time_base, decoder.stream
         if not told:
-            raise UserError(f"{name}: holds no frame that can be decoded: get the file again")
+            raise video_error(name, "holds no frame that can be decoded: get the file again")
         if None in told or any(b <= a for a, b in pairwise(told)):
-            step = frame_duration(np.empty(0), 0, unit, stream)
+            # Only after decoding does a bare stream tell its rate.
+            step = frame_duration(
+                np.empty(0), 0, index.time_base, decoder.stream.codec_context.framerate
+            )
             told = [i * step for i in range(len(told))]
         pts = np.array(told, np.int64)
-        return replace(index, pts=pts, last_duration=frame_duration(pts, 0, unit, stream))
+        duration = frame_duration(pts, 0, index.time_base, decoder.stream.average_rate)
+        return replace(index, pts=pts, by_count=True, last_duration=duration)
     finally:
         decoder.close()
 

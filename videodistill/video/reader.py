@@ -13,9 +13,14 @@ from typing import Literal
 import av
 import numpy as np
 
-from videodistill.errors import UserError
 from videodistill.video import decord_decoder
-from videodistill.video.container import VideoWarning, local_file, open_video
+from videodistill.video.container import (
+    VideoWarning,
+    local_file,
+    open_video,
+    printable,
+    video_error,
+)
 from videodistill.video.index import index_packets
 from videodistill.video.picture import orientation_of, to_rgb
 from videodistill.video.pyav_decoder import PyAVDecoder, index_by_decoding, trim_to_decodable
@@ -98,14 +103,17 @@ class FrameReader:
             self.close()
             raise
         for notice in self.notices:
-            warnings.warn(f"{self.path}: {notice}", VideoWarning, stacklevel=2)
+            warnings.warn(f"{printable(self.path)}: {notice}", VideoWarning, stacklevel=2)
 
     def _learn_from_first_frame(self, *, ends_surely: bool) -> av.VideoFrame:
         """Completes the index and sets all that describes the video."""
         decoder = self._decoder
         first = decoder.first_frame() if len(decoder.index.pts) else None
         if first is None:
-            raise UserError(f"{self.path}: holds no frame that can be decoded: get the file again")
+            raise video_error(self.path, "holds no frame that can be decoded: get the file again")
+        if not decoder.index.by_count and first.identity not in decoder.index.pts:
+            decoder.index = index_by_decoding(self.path, decoder.index)
+            first = decoder.first_frame()
         if not decoder.index.by_count:
             decoder.index = trim_to_decodable(
                 decoder, first.identity, check_end=bool(decoder.index.notices) or not ends_surely
@@ -129,9 +137,10 @@ class FrameReader:
         elif asked == "auto":
             self.backend, self.backend_reason = "pyav", self._decord_obstacle
         else:
-            raise UserError(
-                f"{self.path}: decord cannot read it rightly ({self._decord_obstacle}): "
-                f"use backend 'auto' or 'pyav'"
+            raise video_error(
+                self.path,
+                f"decord cannot read it rightly ({self._decord_obstacle}): "
+                f"use backend 'auto' or 'pyav'",
             )
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
@@ -164,9 +173,9 @@ class FrameReader:
             return decord_decoder.read(self.path, ascending)
         except Exception as error:  # decord's own errors share no base but Exception
             if self._insists_on_decord:
-                raise UserError(
-                    f"{self.path}: decord fails on it, its data may be damaged: "
-                    f"use backend 'auto' or 'pyav'"
+                raise video_error(
+                    self.path,
+                    "decord fails on it, its data may be damaged: use backend 'auto' or 'pyav'",
                 ) from error
             # What decord stumbles over PyAV reads, or names: damaged data, as a rule.
             self.backend, self.backend_reason = "pyav", f"decord failed ({type(error).__name__})"
@@ -211,14 +220,16 @@ class FrameReader:
         start = 0.0 if start is None else float(start)
         end = self.duration if end is None else min(float(end), self.duration)
         if not 0 <= start < self.duration:
-            raise UserError(
-                f"{self.path}: start {start:g} s lies outside the video, "
-                f"which lasts {self.duration:.3f} s: choose a start inside it"
+            raise video_error(
+                self.path,
+                f"start {start:g} s lies outside the video, "
+                f"which lasts {self.duration:.3f} s: choose a start inside it",
             )
         if not start < end:
-            raise UserError(
-                f"{self.path}: the interval from {start:g} to {end:g} s holds nothing: "
-                f"choose an end after the start"
+            raise video_error(
+                self.path,
+                f"the interval from {start:g} to {end:g} s holds nothing: "
+                f"choose an end after the start",
             )
         first, last = self.indices_at([start, end - 2 * _TOLERANCE])
         if last - first + 1 <= n:
