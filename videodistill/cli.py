@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from pathlib import Path
@@ -222,7 +223,7 @@ def _print(result: Answered, figure: Path | None) -> None:
     )
     for answer in result:
         console.print()
-        console.print(Text(answer.question, style="bold"))
+        console.print(Text(textwrap.shorten(answer.question, 200, placeholder="…"), style="bold"))
         then = ", ".join(f"{text} {_percent(p)}" for text, p in answer.top[1:])
         console.print(
             Text("  ")

@@ -38,7 +38,7 @@ _THUMBNAIL = 640  # longest side of a drawn frame in pixels
 _INK, _FAINT, _LINE, _CHOSEN = "#1f2430", "#7a8290", "#9db4d6", "#d9480f"
 # From invisible to a warm colour: a closed gate leaves the frame as it is.
 _HEAT = LinearSegmentedColormap.from_list(
-    "gate", [(1.0, 0.85, 0.2, 0.0), (1.0, 0.72, 0.1, 0.45), (0.93, 0.1, 0.05, 0.75)]
+    "gate", [(1.0, 0.85, 0.2, 0.0), (1.0, 0.7, 0.1, 0.22), (0.95, 0.1, 0.05, 0.62)]
 )
 # Fonts for scripts that matplotlib's own lacks, taken where they are installed.
 _FONTS = (

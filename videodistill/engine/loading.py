@@ -6,6 +6,8 @@ A checkpoint is a folder: config.json and model.safetensors of the head, and bes
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -17,7 +19,7 @@ from videodistill.encoders import ImageTextEncoder, load_encoder
 from videodistill.engine.answerer import Answerer
 from videodistill.engine.checks import ASSETS
 from videodistill.errors import UserError
-from videodistill.model import VideoDistill
+from videodistill.model import VideoDistill, VideoDistillConfig
 
 DEFAULT_CHECKPOINT = ASSETS / "default"
 """The model that comes with the package."""
@@ -107,7 +109,7 @@ def _from_hub(name: str) -> Path:
         HfApi().model_info(name, timeout=_HUB_SECONDS)
         found = snapshot_download(name, allow_patterns=_HUB_FILES, etag_timeout=_HUB_SECONDS)
         return Path(found)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the hub's client and its transport have no common one
         raise UserError(
             f"checkpoint {name}: no such folder here, not in the local hub cache, and the hub did "
             f"not deliver it ({first_line(error)}): check name and network, or give a local folder"
@@ -123,13 +125,18 @@ def load_head(folder: Path) -> VideoDistill:
                 f"checkpoint {folder} has no {file.name}: give a folder that save_pretrained wrote"
             )
     try:
-        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
-            raise ValueError("it holds no JSON object")
+        settings = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{config} is damaged ({error}): copy or download it again") from None
+        reason = first_line(error)
+        raise UserError(f"{config} is damaged ({reason}): copy or download it again") from error
     try:
-        # Without strict=True the mixin leaves what a file lacks at its random start.
-        return VideoDistill.from_pretrained(folder, strict=True).eval()
+        # Without strict=True the mixin leaves what a file lacks at its random start. It prints
+        # that it loads, and stdout may be read as JSON.
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = VideoDistill.from_pretrained(
+                folder, config=VideoDistillConfig(**settings), strict=True
+            )
+        return model.eval()
     except SafetensorError as error:
         reason = first_line(error)
         raise UserError(f"{weights} is damaged ({reason}): copy or download it again") from error
@@ -159,7 +166,17 @@ def encoder_of(folder: Path) -> Path:
 def check_pair(model: VideoDistill, encoder: ImageTextEncoder, folder: Path) -> None:
     """A head trained on one encoder's features means nothing on another's."""
     trained_on = model.config.encoder_fingerprint
-    if trained_on in ("", encoder.fingerprint):
+    if trained_on == encoder.fingerprint:
+        return
+    if not trained_on:
+        sizes = {name: name for name in ("embed_dim", "patch_dim", "token_dim")}
+        for ours, theirs in (sizes | {"patch_grid": "grid"}).items():
+            expected, found = getattr(model.config, ours), getattr(encoder, theirs)
+            if expected != found:
+                raise UserError(
+                    f"checkpoint {folder} takes {ours} {expected}, but encoder {encoder.name} "
+                    f"gives {found}: give the encoder it was trained on, or use --zero-shot"
+                )
         return
     raise UserError(
         f"checkpoint {folder} was trained on encoder {trained_on}, not on {encoder.name} "
