@@ -322,6 +322,14 @@ def test_lapsum_gradient() -> None:
     assert torch.autograd.gradcheck(weights, (x,))
 
 
+def test_lapsum_far_from_every_score_is_hard_and_finite() -> None:
+    """The threshold lies 1,000 temperatures from the nearest score: every density underflows."""
+    x = torch.tensor([[0.0, 4.0, 2.0, -3.0]], requires_grad=True)
+    sample = topk_sample(x, 2, method="lapsum", temperature=1e-3)
+    assert sample.weights.tolist() == [[0, 1, 1, 0]]
+    assert torch.equal(gradient(sample, torch.randn(1, 4), x), torch.zeros(1, 4))
+
+
 # Invariants of all methods
 
 
