@@ -171,8 +171,10 @@ class PyAVDecoder:
         for packet in _until_failure(packets):
             where = count if by_count or packet.pts is None else packet.pts
             if packet.size and packet.is_corrupt:
-                damage.met(where)
+                damage.lies_ahead(where)
                 continue
+            if packet.size:
+                damage.is_reached()
             if packet.size and packet.is_keyframe and packet.pts is not None:
                 self._key = max(self._key, self.index.key_before(packet.pts))
             try:
@@ -199,10 +201,24 @@ class PyAVDecoder:
 
 
 class _Damage:
-    """Which pictures may be built on damaged data: all from the damage to the next keyframe."""
+    """Which pictures may be built on damaged data: all that come out from the damage on.
+
+    Until the next keyframe, and with the few that were on their way out before it. An incomplete
+    packet that nothing follows, where a file is cut off, harms no other.
+    """
 
     def __init__(self) -> None:
         self.since: int | None = None
+        self.ahead: int | None = None
+
+    def lies_ahead(self, where: int) -> None:
+        if self.ahead is None:
+            self.ahead = where
+
+    def is_reached(self) -> None:
+        if self.ahead is not None:
+            self.met(self.ahead)
+            self.ahead = None
 
     def met(self, where: int) -> None:
         if self.since is None:
@@ -235,7 +251,11 @@ def index_by_decoding(name: str, index: FrameIndex) -> FrameIndex:
     """
     decoder = PyAVDecoder(name, replace(index, by_count=True, pts=np.empty(0, np.int64)))
     try:
-        told = [decoded.picture.pts for decoded in decoder.every_frame()]
+        frames = [(decoded.picture.pts, decoded.whole) for decoded in decoder.every_frame()]
+        found = len(frames)
+        while frames and not frames[-1][1]:
+            frames.pop()
+        told = [pts for pts, _ in frames]
         if not told:
             raise video_error(name, "holds no frame that can be decoded: get the file again")
         if None in told or any(b <= a for a, b in pairwise(told)):
@@ -246,9 +266,14 @@ def index_by_decoding(name: str, index: FrameIndex) -> FrameIndex:
             told = [i * step for i in range(len(told))]
         pts = np.array(told, np.int64)
         duration = frame_duration(pts, 0, index.time_base, decoder.stream.average_rate)
-        return replace(index, pts=pts, by_count=True, last_duration=duration)
+        notices = index.notices + _cut_off(found - len(frames))
+        return replace(index, pts=pts, by_count=True, last_duration=duration, notices=notices)
     finally:
         decoder.close()
+
+
+def _cut_off(lost: int) -> tuple[str, ...]:
+    return (f"ends with {lost} frame(s) that cannot be decoded: left out",) if lost else ()
 
 
 def trim_to_decodable(decoder: PyAVDecoder, first: int, *, check_end: bool) -> FrameIndex:
@@ -267,5 +292,5 @@ def trim_to_decodable(decoder: PyAVDecoder, first: int, *, check_end: bool) -> F
         lost = min(decoder.lost_at_the_end(), len(kept) - 1)
         if lost:
             kept = kept[:-lost]
-            notices.append(f"ends with {lost} frame(s) that cannot be decoded: left out")
+            notices += _cut_off(lost)
     return replace(index, pts=kept, notices=tuple(notices))

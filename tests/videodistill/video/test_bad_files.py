@@ -151,8 +151,18 @@ def test_cover_art_is_no_video(tmp_path: Path) -> None:
     assert "cover art but no video" in refusal(path)
 
 
-@pytest.mark.parametrize("share", [0.5, 0.8, 0.97])
-@pytest.mark.parametrize("name", ["t.mp4", "fragments.mp4", "t.mkv", "t.ts", "t.flv", "t.mpg"])
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("t.mp4", 0.5),
+        ("t.mp4", 0.9),
+        ("fragments.mp4", 0.5),
+        ("t.mkv", 0.5),
+        ("t.ts", 0.7),
+        ("t.flv", 0.5),
+        ("t.mpg", 0.7),
+    ],
+)
 def test_a_cut_off_file_gives_the_frames_it_holds(tmp_path: Path, name: str, share: float) -> None:
     codec = "mpeg2video" if name == "t.mpg" else "libx264"
     muxer = {
@@ -231,11 +241,11 @@ def test_real_files_give_frames_or_one_line(shared_data: Path) -> None:
                 warnings.simplefilter("ignore", VideoWarning)
                 reader = FrameReader(path)
             with reader:
-                indices = reader.sample_indices(24)
+                indices = reader.sample_indices(5)
                 images = reader.read(indices)
                 assert images.shape == (len(indices), reader.height, reader.width, 3)
                 assert (np.diff(reader.times) > 0).all()
-                order = random.permutation(len(indices))[:8]
+                order = random.permutation(len(indices))[:2]
                 np.testing.assert_array_equal(reader.read(indices[order]), images[order])
                 read += 1
         except UserError as error:
