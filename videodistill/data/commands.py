@@ -1,4 +1,4 @@
-"""`videodistill data ...`: make datasets."""
+"""`videodistill data ...`: make datasets, and check what they give away."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import typer
 from videodistill.data.procedural.make import Progress, Split, make_dataset
 from videodistill.errors import UserError
 
-app = typer.Typer(help="Make the procedural benchmark.", no_args_is_help=True)
+app = typer.Typer(help="Make and check the procedural benchmark.", no_args_is_help=True)
 
 
 @app.callback()
 def data() -> None:
-    """Make the procedural benchmark."""
+    """Make and check the procedural benchmark."""
 
 
 @app.command()
@@ -65,6 +65,46 @@ def make(
         counts = ", ".join(f"{made[what]} {what}" for what in ("videos", "frames", "questions"))
         print(f"{name}: {counts}")
     print(f"{out} is complete, {time.perf_counter() - begin:.1f} s")
+
+
+@app.command()
+def check(
+    dataset: Annotated[Path, typer.Argument(help="Folder made by `data make`.")],
+    train: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    test: Annotated[str, typer.Option(help="Split to test on.")] = "test",
+    encoder: Annotated[
+        Path | None, typer.Option(help="Folder of an encoder.", show_default="the bundled one")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compute features.")] = 2,
+) -> None:
+    """Count questions, and measure how many are answered without looking properly.
+
+    Trains a model on the words of the questions alone, and one that sees a single random frame.
+    The exit status is 1 when either gets too far.
+    """
+    from videodistill.data.check import ONE_FRAME_LIMIT, QUESTION_ONLY_LIMIT, check_dataset
+    from videodistill.engine.checks import ASSETS
+
+    folder = encoder or ASSETS / "default" / "encoder"
+    found = check_dataset(dataset, train, test, folder, workers=workers)
+    counts = ", ".join(f"{count} in {split}" for split, count in found["questions"].items())
+    print(f"questions: {counts}")
+    print(f"commonest answer: {found['answers']:.1f}% of {test}")
+    print("\n{:10} {:>8} {:>14} {:>10}".format("family", "share", "question only", "one frame"))
+    for family, share in found["families"].items():
+        blind, one = found["question_only"][family], found["one_frame"][family]
+        print(f"{family:10} {share:7.1f}% {blind:13.1f}% {one:9.1f}%")
+    blind, one = found["question_only"]["all"], found["one_frame"]["all"]
+    print(f"{'all':10} {100:7.1f}% {blind:13.1f}% {one:9.1f}%")
+    print(f"{'limit':10} {'':8} {QUESTION_ONLY_LIMIT:13.1f}% {ONE_FRAME_LIMIT:9.1f}%")
+    prior = found["priors"]
+    print(
+        f"\nalways the commonest answer: {prior['answer']:.1f}%; "
+        f"the commonest by first two words: {prior['first_two_words']:.1f}%"
+    )
+    if blind > QUESTION_ONLY_LIMIT or one > ONE_FRAME_LIMIT:
+        print("this data set can be answered without looking properly", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _split(argument: str) -> tuple[str, int]:

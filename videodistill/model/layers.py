@@ -35,7 +35,7 @@ class LanguageGate(nn.Module):
         )
 
     def forward(self, visual: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Gates of ``visual`` [B,L,C] by ``tokens`` [B,M,C_t]: [B,L,H,1], or [B,L,H,D] channelwise."""
+        """Gates of visual [B,L,C] by tokens [B,M,C_t]: [B,L,H,1], or [B,L,H,D] channelwise."""
         query = self.query(visual).unflatten(-1, (self.heads, -1))
         key = self.key(tokens).unflatten(-1, (self.heads, -1))
         if self.value is None:

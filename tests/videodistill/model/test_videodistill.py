@@ -120,7 +120,7 @@ def test_pinned_gates_leave_nothing_of_the_question(gate):
 
 
 def test_untrained_answers_as_clip_does(tmp_path):
-    """A fresh model scores choices as CLIPModel itself does on the frames most like the question."""
+    """A fresh model scores choices as CLIPModel does on the frames most like the question."""
     from transformers import AutoTokenizer, CLIPModel
 
     folder = tiny_clip(tmp_path / "clip")

@@ -1,0 +1,156 @@
+"""A head learns from what it is given, and what is measured of it is what happened."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from videodistill.data.record import Question
+from videodistill.model import VideoDistill, VideoDistillConfig
+from videodistill.training.features import Features
+from videodistill.training.head import HeadRecipe, Split, evaluate, shuffled, train_head
+
+N, S, C = 16, 4, 16
+ANSWERS = ["red", "green", "blue", "white"]
+
+
+def needle(videos: int, seed: int) -> Split:
+    """One frame of each video shows the question's object, with the answer in one of its patches.
+
+    Two questions a video, each about its own object and its own frame, one second a frame.
+    """
+    g = torch.Generator().manual_seed(seed)
+    world = torch.Generator().manual_seed(0)
+    objects = torch.randn(6, C, generator=world)
+    colours = torch.randn(len(ANSWERS), C, generator=world)
+    frame_embed = 0.3 * torch.randn(videos, N, C, generator=g)
+    patches = 0.3 * torch.randn(videos, N, S, C, generator=g)
+    questions, tokens, answers = [], [], []
+    for video in range(videos):
+        frames = torch.randperm(N, generator=g)[:2].tolist()
+        named = torch.randperm(len(objects), generator=g)[:2].tolist()
+        for frame, name in zip(frames, named, strict=True):
+            answer = int(torch.randint(len(ANSWERS), (), generator=g))
+            frame_embed[video, frame] += objects[name]
+            patches[video, frame, int(torch.randint(S, (), generator=g))] += (
+                objects[name] + 2 * colours[answer]
+            )
+            evidence = ((float(frame), float(frame + 1)),)
+            questions.append(
+                Question(
+                    str(len(questions)),
+                    str(video),
+                    f"colour of {name}?",
+                    ANSWERS[answer],
+                    tuple(ANSWERS),
+                    family="needle",
+                    reference="direct",
+                    evidence=evidence,
+                )
+            )
+            tokens.append(objects[name])
+            answers.append(answer)
+    embed = torch.stack(tokens)
+    return Split(
+        features=Features(
+            tuple(str(video) for video in range(videos)),
+            frame_embed.half(),
+            patches.half(),
+            torch.arange(N).float().expand(videos, N),
+            torch.full((videos,), float(N)),
+        ),
+        questions=questions,
+        text_embed=embed,
+        tokens=embed[:, None],
+        token_mask=torch.ones(len(questions), 1, dtype=torch.bool),
+        video=torch.arange(videos).repeat_interleave(2),
+        answer=torch.tensor(answers),
+        choices=torch.arange(len(ANSWERS)).expand(len(questions), -1),
+        right_choice=torch.tensor(answers),
+    )
+
+
+def config(**settings) -> VideoDistillConfig:
+    sizes = {
+        "embed_dim": C,
+        "patch_dim": C,
+        "token_dim": C,
+        "patch_grid": (2, 2),
+        "width": 32,
+        "heads": 4,
+        "refiner_blocks": 1,
+        "sampler_blocks": 1,
+        "frames": N,
+        "pick": 2,
+        "num_samples": 16,
+        "logit_scale": 10.0,
+        "answers": ANSWERS,
+    }
+    return VideoDistillConfig(**(sizes | settings))
+
+
+def train(**settings) -> tuple[VideoDistill, torch.Tensor]:
+    torch.manual_seed(0)
+    model = VideoDistill(config(**settings))
+    choice_embed = torch.randn(len(ANSWERS), C)
+    recipe = HeadRecipe(steps=160, videos_per_batch=16, learning_rate=3e-3, bf16=False)
+    train_head(model, [needle(400, 1)], recipe, choice_embed, log=lambda line: None)
+    return model, choice_embed
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train()
+
+
+def test_finds_the_frame_and_the_answer(trained):
+    """Fresh videos: chance is 25% and 2 of 16 frames are evidence 12.5% of the time."""
+    report = evaluate(*trained[:1], needle(100, 2), trained[1])["all"]
+    assert report["questions"] == 200
+    assert report["evidence"] > 85
+    assert report["accuracy"] > 70
+    assert report["choice"] > 60
+
+
+def test_sees_nothing_in_another_video(trained):
+    report = evaluate(trained[0], shuffled(needle(100, 2)), trained[1])["all"]
+    assert report["accuracy"] < 45
+
+
+def test_uniform_frames_miss_the_needle():
+    model, choice_embed = train(frame_choice="uniform")
+    report = evaluate(model, needle(100, 2), choice_embed)["all"]
+    assert report["evidence"] < 30
+    assert report["accuracy"] < 50
+
+
+def test_same_seed_same_weights():
+    def weights():
+        torch.manual_seed(0)
+        model = VideoDistill(config())
+        recipe = HeadRecipe(steps=5, videos_per_batch=4)
+        train_head(model, [needle(20, 1)], recipe, torch.ones(4, C), log=lambda line: None)
+        return model.state_dict()
+
+    first, second = weights(), weights()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_loss_that_is_not_finite_stops():
+    torch.manual_seed(0)
+    model = VideoDistill(config())
+    with torch.no_grad():
+        model.answering.classifier.weight.fill_(torch.inf)
+    recipe = HeadRecipe(steps=2, videos_per_batch=4, bf16=False)
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        train_head(model, [needle(20, 1)], recipe, torch.ones(4, C), log=lambda line: None)
+
+
+def test_needed_frames():
+    """Frame n is shown from second n on: evidence [3, 5) is frames 3 and 4."""
+    split = needle(1, 0)
+    asked = Question("0", "0", "?", evidence=((3.0, 5.0),), context=((7.0, 8.0),))
+    split.questions[0] = asked
+    rows = torch.tensor([0])
+    assert split.needed(rows, context=False)[0].nonzero().flatten().tolist() == [3, 4]
+    assert split.needed(rows, context=True)[0].nonzero().flatten().tolist() == [3, 4, 7]

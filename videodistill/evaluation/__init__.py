@@ -1,0 +1,1 @@
+"""How good are answers, and how good would they be without looking?"""

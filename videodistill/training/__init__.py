@@ -1,0 +1,1 @@
+"""Training: the small encoder, heads on cached features, and the bundled model made of both."""

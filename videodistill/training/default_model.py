@@ -1,0 +1,299 @@
+"""The bundled model, made from nothing: data, encoder, features, head, measurements, card.
+
+Every stage leaves its result in the work folder and is skipped when it is there already, made by
+the same settings; so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from videodistill.data.egotaskqa import read_egotaskqa
+from videodistill.data.nextqa import read_nextqa
+from videodistill.data.procedural.make import Split as DataSplit
+from videodistill.data.procedural.make import make_dataset
+from videodistill.data.procedural.questions import ANSWERS
+from videodistill.data.procedural.world import DATA_VERSION
+from videodistill.data.record import Question
+from videodistill.encoders import ImageTextEncoder, load_encoder
+from videodistill.evaluation.blind import priors, question_only
+from videodistill.model import VideoDistill
+from videodistill.training.clip import ClipRecipe, train_clip
+from videodistill.training.features import extract
+from videodistill.training.head import (
+    HeadRecipe,
+    Split,
+    blanked,
+    evaluate,
+    prepare,
+    shuffled,
+    train_head,
+)
+
+CHOICES = (*ANSWERS, "middle", "four")
+"""Everything that can be among a procedural question's choices."""
+
+
+@dataclass(frozen=True)
+class DefaultRecipe:
+    """What the bundled model is made of."""
+
+    seed: int = 1
+    """Of the videos."""
+    videos: dict[str, tuple[int, int]] = field(
+        default_factory=lambda: {
+            # split: (videos, frames of each)
+            "train": (4000, 64),
+            "train_long": (600, 256),
+            "test": (300, 64),
+            "test_256": (200, 256),
+            "test_1024": (100, 1024),
+        }
+    )
+    candidates: dict[str, int] = field(
+        # Frames that features are made of; 64 where nothing is said, as in the model's settings.
+        default_factory=lambda: {"train_long": 256, "test_256": 256}
+    )
+    clip: ClipRecipe = field(default_factory=ClipRecipe)
+    head: HeadRecipe = field(default_factory=HeadRecipe)
+    model: dict[str, Any] = field(
+        default_factory=lambda: {
+            "width": 128,
+            "heads": 4,
+            "sampler_blocks": 2,
+            "refiner_blocks": 3,
+            "frames": 64,
+            "pick": 8,
+        }
+    )
+
+
+ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "videodistill": ({}, {}),
+    "uniform": ({"frame_choice": "uniform"}, {"evidence_weight": 0.0}),
+    "unsupervised": ({}, {"evidence_weight": 0.0}),
+    "random_frame": ({"frame_choice": "random", "pick": 1}, {"evidence_weight": 0.0}),
+}
+"""The bundled model and what it is compared with: changes to model settings and head recipe."""
+
+
+def train_default(
+    work: Path,
+    out: Path,
+    *,
+    recipe: DefaultRecipe | None = None,
+    controls: bool = False,
+    workers: int = 2,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Make the bundled model, or what is missing of it.
+
+    Args:
+        work: For data, features and measurements: some gigabytes.
+        out: The checkpoint's folder, with the encoder inside.
+        recipe: The bundled model's when None.
+        controls: Train and measure the controls of :data:`ARMS`, too.
+        workers: Processes that make videos and features; arms trained at once.
+        log: Called with lines of progress.
+
+    Returns:
+        What ``training.json`` in ``out`` holds: settings, seconds and measurements.
+    """
+    recipe = recipe or DefaultRecipe()
+    work.mkdir(parents=True, exist_ok=True)
+    _timed(work, "data", lambda: _make_data(recipe, work, workers))
+    encoder_folder = work / "encoder"
+    if _read(encoder_folder / "training.json").get("recipe") != asdict(recipe.clip):
+        log("training the encoder")
+        _timed(
+            work, "clip", lambda: train_clip(recipe.clip, encoder_folder, workers=workers, log=log)
+        )
+    log("computing features")
+    _timed(
+        work, "features", lambda: [_split(recipe, work, name, workers) for name in recipe.videos]
+    )
+
+    arms = [name for name in ARMS if name == "videodistill" or controls]
+    jobs = [(recipe, work, name) for name in arms if not _is_done(recipe, work, name)]
+    if len(jobs) == 1:
+        _train_arm(jobs[0], torch.get_num_threads(), log)
+    elif jobs:
+        with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+            pool.map(_train_arm, jobs, chunksize=1)
+    log("answering without the video")
+    _timed(work, "blind", lambda: _measure_blind(recipe, work))
+    record = _collect(recipe, work)
+    _publish(work, out, record)
+    return record
+
+
+def _make_data(recipe: DefaultRecipe, work: Path, workers: int) -> None:
+    splits = {
+        name: DataSplit(videos, (frames, frames))
+        for name, (videos, frames) in recipe.videos.items()
+    }
+    make_dataset(work / "data", splits, seed=recipe.seed, workers=workers)
+
+
+def load_questions(dataset: Path, split: str) -> list[Question]:
+    """Questions of a split of the procedural benchmark, with choices, evidence and context."""
+    folder = dataset / "annotations" / split
+    open_ended = read_egotaskqa(folder / "egotaskqa.json")
+    with_choices = read_nextqa(folder / "nextqa_mc.csv")
+    return [
+        replace(one, choices=other.choices)
+        for one, other in zip(open_ended, with_choices, strict=True)
+    ]
+
+
+def _split(recipe: DefaultRecipe, work: Path, name: str, workers: int) -> Split:
+    questions = load_questions(work / "data", name)
+    encoder = load_encoder(work / "encoder")
+    features = extract(
+        work / "data" / "videos" / name,
+        sorted({question.video for question in questions}),
+        work / "encoder",
+        recipe.candidates.get(name, recipe.model["frames"]),
+        work / "features" / f"{name}.safetensors",
+        workers=workers,
+    )
+    return prepare(questions, features, encoder, ANSWERS, CHOICES)
+
+
+def _train_arm(
+    job: tuple[DefaultRecipe, Path, str],
+    threads: int = 1,
+    log: Callable[[str], None] | None = None,
+) -> None:
+    recipe, work, name = job
+    torch.set_num_threads(threads)
+    settings, changes = ARMS[name]
+    arm = replace(recipe, model=recipe.model | settings, head=replace(recipe.head, **changes))
+    folder = work / "arms" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    encoder = load_encoder(work / "encoder")
+    choice_embed = encoder.encode_texts(list(CHOICES)).text_embed
+    torch.manual_seed(arm.head.seed)
+    model = VideoDistill.for_encoder(encoder, answers=list(ANSWERS), **arm.model)
+    model.config.encoder = "encoder"
+    train = [_split(arm, work, split, 1) for split in arm.videos if split.startswith("train")]
+    with (folder / "log.txt").open("w", encoding="utf-8") as lines:
+
+        def say(line: str) -> None:
+            print(line, file=lines, flush=True)
+            if log:
+                log(line)
+
+        train_head(model, train, arm.head, choice_embed, log=say)
+    seconds = round(time.perf_counter() - began)
+    model.save_pretrained(folder)
+    results = _measure(arm, work, model, encoder, choice_embed)
+    record = {
+        "settings": _settings(arm),
+        "encoder": encoder.fingerprint,
+        "seconds": seconds,
+        "results": results,
+    }
+    _write(folder / "record.json", record)
+
+
+def _measure(
+    recipe: DefaultRecipe,
+    work: Path,
+    model: VideoDistill,
+    encoder: ImageTextEncoder,
+    choice_embed: torch.Tensor,
+) -> dict[str, Any]:
+    results = {}
+    for name in recipe.videos:
+        if not name.startswith("test"):
+            continue
+        split = _split(recipe, work, name, 1)
+        results[name] = evaluate(model, split, choice_embed)
+        if model.config.pick > 4:
+            results[f"{name}, K=4"] = evaluate(model, split, choice_embed, pick=4)
+        if name == "test":
+            results["blank video"] = evaluate(model, blanked(split, encoder), choice_embed)
+            results["shuffled video"] = evaluate(model, shuffled(split), choice_embed)
+    return results
+
+
+def _measure_blind(recipe: DefaultRecipe, work: Path) -> None:
+    train, test = (load_questions(work / "data", split) for split in ("train", "test"))
+    record = {"question_only": question_only(train, test), "priors": priors(train, test)}
+    _write(work / "blind.json", record)
+
+
+def _settings(recipe: DefaultRecipe) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(recipe) | {"data_version": DATA_VERSION}))
+
+
+def _is_done(recipe: DefaultRecipe, work: Path, name: str) -> bool:
+    settings, changes = ARMS[name]
+    arm = replace(recipe, model=recipe.model | settings, head=replace(recipe.head, **changes))
+    record = _read(work / "arms" / name / "record.json")
+    encoder = load_encoder(work / "encoder").fingerprint
+    return record.get("settings") == _settings(arm) and record.get("encoder") == encoder
+
+
+def _collect(recipe: DefaultRecipe, work: Path) -> dict[str, Any]:
+    arms = {name: _read(work / "arms" / name / "record.json") for name in ARMS}
+    return {
+        "settings": _settings(recipe),
+        "encoder": _read(work / "encoder" / "training.json").get("measured"),
+        "seconds": _read(work / "seconds.json"),
+        "arms": {
+            name: {"seconds": record["seconds"], "results": record["results"]}
+            for name, record in arms.items()
+            if _is_done(recipe, work, name)
+        },
+        "blind": _read(work / "blind.json"),
+    }
+
+
+def _publish(work: Path, out: Path, record: dict[str, Any]) -> None:
+    from videodistill.training.card import model_card
+
+    out.mkdir(parents=True, exist_ok=True)
+    for source, target in (
+        (work / "arms" / "videodistill" / "config.json", out / "config.json"),
+        (work / "arms" / "videodistill" / "model.safetensors", out / "model.safetensors"),
+        *((file, out / "encoder" / file.name) for file in sorted((work / "encoder").iterdir())),
+    ):
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+    _write(out / "training.json", record)
+    (out / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+def _timed(work: Path, stage: str, run: Callable[[], Any]) -> None:
+    """Run a stage and keep how long it took, unless an earlier run of it took longer.
+
+    A stage that finds its work done takes no time; what is kept is the time that it took to do.
+    """
+    began = time.perf_counter()
+    run()
+    seconds = _read(work / "seconds.json")
+    seconds[stage] = max(seconds.get(stage, 0), round(time.perf_counter() - began))
+    _write(work / "seconds.json", seconds)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,369 @@
+"""Train a VideoDistill head on features of a frozen encoder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from videodistill.data.record import Question
+from videodistill.encoders import ImageTextEncoder
+from videodistill.model import VideoDistill, VideoDistillOutput
+from videodistill.training.features import Features
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """Schedule and losses of a head."""
+
+    steps: int = 3000
+    videos_per_batch: int = 10
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    evidence_weight: float = 0.3
+    """Of the cross-entropy between frame scores and ground-truth frames; 0 leaves them unused."""
+    choice_weight: float = 0.5
+    """Of the cross-entropy on cosines with the answers' text embeddings."""
+    forcing: float = 0.5
+    """Share of the steps over which ground-truth frames are helped into the choice, fading out."""
+    bf16: bool = True
+    seed: int = 5
+
+
+@dataclass
+class Split:
+    """Questions about videos whose features are at hand, as tensors; Q rows."""
+
+    features: Features
+    questions: list[Question]
+    text_embed: Tensor
+    """[Q,C_a]."""
+    tokens: Tensor
+    """[Q,M,C_t]."""
+    token_mask: Tensor
+    """bool [Q,M]."""
+    video: Tensor
+    """int64 [Q]: row of ``features``."""
+    answer: Tensor
+    """int64 [Q]: number in the vocabulary, -1 when it is not in it."""
+    choices: Tensor
+    """int64 [Q,A]: numbers in the list of all choices."""
+    right_choice: Tensor
+    """int64 [Q]."""
+
+    def needed(self, rows: Tensor, *, context: bool) -> Tensor:
+        """bool [rows,N]: frames that show the answer; with ``context`` also what leads to them."""
+        seconds = self.features.seconds[self.video[rows]]
+        wanted = torch.zeros_like(seconds, dtype=torch.bool)
+        for row, question in enumerate(rows.tolist()):
+            asked = self.questions[question]
+            for start, end in asked.evidence + (asked.context if context else ()):
+                wanted[row] |= (seconds[row] >= start - 1e-3) & (seconds[row] < end - 1e-3)
+        return wanted
+
+    def by_video(self) -> list[Tensor]:
+        """Rows of the questions of each video."""
+        rows = defaultdict(list)
+        for row, video in enumerate(self.video.tolist()):
+            rows[video].append(row)
+        return [torch.tensor(rows[video]) for video in sorted(rows)]
+
+
+def prepare(
+    questions: Sequence[Question],
+    features: Features,
+    encoder: ImageTextEncoder,
+    answers: Sequence[str],
+    all_choices: Sequence[str],
+) -> Split:
+    """Encode the questions' texts and number their videos and answers.
+
+    Args:
+        questions: Whose ``video`` is in ``features``.
+        features: Of their videos.
+        encoder: That made the features.
+        answers: The vocabulary.
+        all_choices: Every answer that occurs in a question's choices.
+    """
+    unique = sorted({question.question for question in questions})
+    texts = encoder.encode_texts(unique)
+    row = {text: number for number, text in enumerate(unique)}
+    rows = torch.tensor([row[question.question] for question in questions])
+    video = {name: number for number, name in enumerate(features.videos)}
+    answer = {name: number for number, name in enumerate(answers)}
+    choice = {name: number for number, name in enumerate(all_choices)}
+    return Split(
+        features=features,
+        questions=list(questions),
+        text_embed=texts.text_embed[rows],
+        tokens=texts.tokens[rows],
+        token_mask=texts.mask[rows],
+        video=torch.tensor([video[question.video] for question in questions]),
+        answer=torch.tensor([answer.get(question.answer, -1) for question in questions]),
+        choices=torch.tensor([[choice[c] for c in question.choices] for question in questions]),
+        right_choice=torch.tensor([q.choices.index(q.answer) for q in questions]),
+    )
+
+
+def blanked(split: Split, encoder: ImageTextEncoder) -> Split:
+    """The same questions about videos of black frames."""
+    black = np.zeros((1, encoder.image_size, encoder.image_size, 3), np.uint8)
+    seen = encoder.encode_frames(black)
+    shape = split.features.seconds.shape
+    blank = replace(
+        split.features,
+        frame_embed=seen.frame_embed[0].half().expand(*shape, -1),
+        patches=seen.patches[0].half().expand(*shape, -1, -1),
+    )
+    return replace(split, features=blank)
+
+
+def shuffled(split: Split) -> Split:
+    """The same questions about other videos: each video's go to the next one."""
+    return replace(split, video=(split.video + 1) % len(split.features.videos))
+
+
+def look(
+    model: VideoDistill, split: Split, rows: Tensor, frames: Tensor | None = None, **settings
+) -> VideoDistillOutput:
+    """Run the model on questions ``rows``, which come in equal numbers for each of their videos.
+
+    Args:
+        frames: int64 [n]: the candidates to offer; all of them when None.
+        **settings: Passed to the model.
+    """
+    videos = torch.unique_consecutive(split.video[rows])
+    features = split.features
+    parts = [features.frame_embed[videos], features.patches[videos], features.times[videos]]
+    if frames is not None:
+        parts = [part[:, frames] for part in parts]
+    frame_embed, patches, times = parts
+    return model(
+        frame_embed.float(),
+        patches.float(),
+        split.text_embed[rows],
+        split.tokens[rows],
+        split.token_mask[rows],
+        times=times,
+        **settings,
+    )
+
+
+def _batches(
+    splits: Sequence[Split], recipe: HeadRecipe, rng: np.random.Generator
+) -> Iterator[tuple[Split, Tensor]]:
+    """Endless batches: a split with probability as its number of videos, then videos in turn."""
+    groups = [split.by_video() for split in splits]
+    # Equal numbers of questions per video let them share the video's features.
+    per_video = min(len(rows) for group in groups for rows in group)
+    shares = np.array([len(group) for group in groups]) / sum(len(group) for group in groups)
+    queues: list[list[int]] = [[] for _ in splits]
+    while True:
+        which = int(rng.choice(len(splits), p=shares))
+        count = min(recipe.videos_per_batch, len(groups[which]))
+        if len(queues[which]) < count:
+            queues[which] = rng.permutation(len(groups[which])).tolist()
+        chosen, queues[which] = queues[which][:count], queues[which][count:]
+        rows = [groups[which][video] for video in sorted(chosen)]
+        rows = [group[rng.permutation(len(group))[:per_video]] for group in rows]
+        yield splits[which], torch.cat(rows)
+
+
+def train_head(
+    model: VideoDistill,
+    splits: Sequence[Split],
+    recipe: HeadRecipe,
+    choice_embed: Tensor,
+    *,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Train in place.
+
+    Args:
+        model: Fresh, with a vocabulary.
+        splits: Training questions; splits may differ in their number of frames.
+        recipe: Schedule and losses.
+        choice_embed: [answers, C_a]: text embeddings of all that can be a choice, in the order
+            that the splits' ``choices`` count in.
+        log: Called with lines of progress.
+    """
+    torch.manual_seed(recipe.seed)
+    rng = np.random.default_rng(recipe.seed)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    evidence_scale = nn.Parameter(torch.tensor(0.0))
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": [*others, evidence_scale], "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.06
+    )
+    model.train()
+    batches = _batches(splits, recipe, rng)
+    running: dict[str, float] = defaultdict(float)
+    began = time.perf_counter()
+    for step in range(recipe.steps):
+        split, rows = next(batches)
+        frames = _some_frames(split.features.seconds.shape[1], rng)
+        needed = split.needed(rows, context=True)
+        if frames is not None:
+            needed = needed[:, frames]
+        bias = None
+        if recipe.evidence_weight:
+            strength = max(0.0, 1.0 - step / (recipe.forcing * recipe.steps + 1e-9))
+            bias = 4.0 * strength * needed
+        # On a CPU with bf16 instructions the matrix products take a fifth of the time.
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            output = look(model, split, rows, frames, seed=_seed(rng), score_bias=bias)
+            losses = _losses(
+                model, output, split, rows, needed, choice_embed, evidence_scale, recipe
+            )
+        loss = sum(losses.values())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            guesses = model.vocabulary_logits(output.answer_embed).argmax(-1)
+            running["right"] += (guesses == split.answer[rows]).float().mean().item()
+            running["loss"] += loss.item()
+        if (step + 1) % 100 == 0:
+            spent = time.perf_counter() - began
+            log(
+                f"head step {step + 1}/{recipe.steps}  loss {running['loss'] / 100:.3f}  "
+                f"right {running['right']:.1f}%  {spent:.0f} s"
+            )
+            running.clear()
+    model.eval()
+
+
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**62))
+
+
+def _some_frames(count: int, rng: np.random.Generator) -> Tensor | None:
+    """Now and then every second or fourth of many candidates: the model must not count on N."""
+    stride = 2 ** int(rng.integers(0, max(1, int(math.log2(count / 64)) + 1)))
+    if stride == 1:
+        return None
+    return torch.arange(int(rng.integers(stride)), count, stride)
+
+
+def _losses(
+    model: VideoDistill,
+    output: VideoDistillOutput,
+    split: Split,
+    rows: Tensor,
+    needed: Tensor,
+    choice_embed: Tensor,
+    evidence_scale: Tensor,
+    recipe: HeadRecipe,
+) -> dict[str, Tensor]:
+    losses = {
+        "answer": F.cross_entropy(
+            model.vocabulary_logits(output.answer_embed), split.answer[rows], ignore_index=-1
+        )
+    }
+    if recipe.choice_weight:
+        a = F.normalize(output.answer_embed, dim=-1)
+        cosines = a @ F.normalize(choice_embed, dim=-1).T
+        truth = split.choices[rows].gather(1, split.right_choice[rows, None]).squeeze(1)
+        losses["choice"] = recipe.choice_weight * F.cross_entropy(
+            model.config.logit_scale * cosines, truth
+        )
+    if recipe.evidence_weight and model.config.frame_choice == "learned":
+        has_any = needed.any(1)
+        target = needed[has_any].float()
+        target = target / target.sum(1, keepdim=True)
+        log_p = (evidence_scale.exp() * output.scores[has_any]).log_softmax(-1)
+        losses["evidence"] = -recipe.evidence_weight * (target * log_p).sum(1).mean()
+    return losses
+
+
+@torch.no_grad()
+def evaluate(
+    model: VideoDistill,
+    split: Split,
+    choice_embed: Tensor,
+    *,
+    pick: int | None = None,
+    frames: Tensor | None = None,
+    videos_per_batch: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Accuracy and evidence recall by family, and over all questions as family "all".
+
+    Args:
+        model: Trained; left in evaluation mode.
+        split: Questions.
+        choice_embed: As in :func:`train_head`.
+        pick: K.
+        frames: Candidates to offer; all when None.
+        videos_per_batch: How many go through the model together.
+
+    Returns:
+        For each family: ``questions``; ``accuracy``, open-ended, in percent; ``choice``, with
+        choices; ``evidence``, percent of the questions with evidence that have a chosen frame in
+        it; ``covered``, percent that have one in every stretch of it.
+    """
+    model.eval()
+    kept: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
+    groups = split.by_video()
+    sizes = sorted({len(rows) for rows in groups})
+    for size in sizes:
+        same = [rows for rows in groups if len(rows) == size]
+        for first in range(0, len(same), videos_per_batch):
+            rows = torch.cat(same[first : first + videos_per_batch])
+            output = look(model, split, rows, frames, pick=pick)
+            guess = model.vocabulary_logits(output.answer_embed).argmax(-1)
+            options = choice_embed[split.choices[rows]]
+            choice = model.choice_logits(output.answer_embed, options).argmax(-1)
+            right, right_choice = guess == split.answer[rows], choice == split.right_choice[rows]
+            seconds = split.features.seconds[split.video[rows]]
+            if frames is not None:
+                seconds = seconds[:, frames]
+            for i, row in enumerate(rows.tolist()):
+                asked = split.questions[row]
+                indices = output.sample.indices[i][output.sample.slot_mask[i]]
+                chosen = seconds[i, indices]
+                hits = [
+                    bool(((chosen >= start - 1e-3) & (chosen < end - 1e-3)).any())
+                    for start, end in asked.evidence
+                ]
+                result = (bool(right[i]), bool(right_choice[i]), hits, asked.reference)
+                kept[asked.family].append(result)
+    report = {family: _summary(kept[family]) for family in sorted(kept)}
+    everything = [result for results in kept.values() for result in results]
+    for reference in ("direct", "indirect"):
+        report[reference] = _summary([r for r in everything if r[3] == reference])
+    report["all"] = _summary(everything)
+    return report
+
+
+def _summary(results: list[tuple]) -> dict[str, float]:
+    with_evidence = [hits for _, _, hits, _ in results if hits]
+
+    def percent(values: list[bool]) -> float:
+        return round(100.0 * sum(values) / max(1, len(values)), 2)
+
+    return {
+        "questions": len(results),
+        "accuracy": percent([right for right, *_ in results]),
+        "choice": percent([right for _, right, *_ in results]),
+        "evidence": percent([any(hits) for hits in with_evidence]),
+        "covered": percent([all(hits) for hits in with_evidence]),
+    }
