@@ -223,10 +223,19 @@ def _offsets(scores: Tensor, real: Tensor, k: int, temperature: float) -> Tensor
     low, high = low - margin, high + margin
     for _ in range(64):
         middle = (low + high) / 2
-        cdf = _laplace_cdf((scores - middle) / temperature).masked_fill(~real, 0.0)
-        too_many = cdf.sum(-1, keepdim=True) > k
+        too_many = _excess((scores - middle) / temperature, k) > 0
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     return (scores - (low + high) / 2) / temperature
+
+
+def _excess(offsets: Tensor, k: int) -> Tensor:
+    """Sign of Σ F(offsets) - k, [R,N] -> [R,1]; -inf adds nothing."""
+    above = offsets > 0
+    surplus = above.sum(-1, keepdim=True) - k
+    missing = (-offsets).masked_fill(~above, -math.inf).logsumexp(-1, keepdim=True)
+    added = offsets.masked_fill(above, -math.inf).logsumexp(-1, keepdim=True)
+    # With exactly k above, the sum is k plus two tails that may be too small for 1 - tail to hold.
+    return torch.where(surplus == 0, added - missing, surplus + (added.exp() - missing.exp()) / 2)
 
 
 def _laplace_cdf(x: Tensor) -> Tensor:
