@@ -73,7 +73,7 @@ def index_packets(container: InputContainer, stream: VideoStream) -> FrameIndex:
     key_pts, key_dts = array("q"), array("q")
     codec = stream.codec_context.codec.canonical_name
     length_size = nal_length_size(codec, stream.codec_context.extradata)
-    timeless = _lacks_times(container.format.name, codec)
+    timeless = _lacks_times(container.format.name, codec, stream)
     clean_cuts, failure = True, None
     corrupt = hidden = 0
     last_dts = latest_key = -(1 << 63)
@@ -129,13 +129,14 @@ def index_packets(container: InputContainer, stream: VideoStream) -> FrameIndex:
     )
 
 
-def _lacks_times(container: str, codec: str) -> bool:
+def _lacks_times(container: str, codec: str, stream: VideoStream) -> bool:
     """Where FFmpeg fills in times that contradict each other or change after a seek.
 
-    AVI stores no presentation times, which shows with codecs that reorder deeply; an MPEG program
-    stream stores them for some packets only.
+    AVI stores no presentation times, which shows where frames are reordered; an MPEG program stream
+    stores them for some packets only.
     """
-    return container == "mpeg" or (container == "avi" and codec in ("h264", "hevc"))
+    reorders = codec in ("h264", "hevc") or stream.codec_context.has_b_frames
+    return container == "mpeg" or (container == "avi" and reorders)
 
 
 def _damage(failure: str | None, corrupt: int, found: int, declared: int) -> str:

@@ -52,8 +52,9 @@ class FrameReader:
     """Reads frames of one local video file: `reader.read([12, 3])`, `reader.sample(32)`.
 
     path: any video that FFmpeg decodes; only local files.
-    backend: "auto" takes decord where it is proven to give the same frames and PyAV elsewhere;
-    "decord" or "pyav" insist.
+    backend: "auto" takes decord where its times and first frame agree with the index and nothing in
+    the file is known to mislead it, and PyAV elsewhere; "decord" or "pyav" insist. Only PyAV notices
+    damaged bytes inside a frame.
 
     Opening reads all packets and decodes one frame. Attributes:
         times: float64 [F], seconds from the first frame, ascending; one for each displayed frame.
@@ -66,8 +67,8 @@ class FrameReader:
         frames_decoded: frames that PyAV decoded so far, wanted or on the way to a wanted one.
             decord does not tell how many it decodes.
 
-    Raises `UserError` for a file that is missing, no video, or damaged; every method raises it for
-    a frame that cannot be decoded. Threads may share a reader: they take turns. After a fork each
+    Raises `UserError` for a file that is missing, no video, or damaged; `read` and `sample` also
+    for a frame that cannot be decoded. Threads may share a reader: they take turns. After a fork each
     process opens the file anew; nothing of the parent's reader is disturbed.
     """
 
@@ -147,10 +148,14 @@ class FrameReader:
         """uint8 [n, height, width, 3] RGB: the frames of these numbers, in this order.
 
         Any order, repeats allowed; each distinct frame is decoded once, and what lies between two
-        wanted ones only as far back as the nearest keyframe. Raises `IndexError` for a number
-        outside [0, frame_count) and `UserError` for a frame that cannot be decoded.
+        wanted ones only as far back as the nearest keyframe. Raises `TypeError` for what is no
+        integer, `IndexError` for a number outside [0, frame_count) and `UserError` for a frame that
+        cannot be decoded.
         """
-        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        wanted = np.asarray(indices).reshape(-1)
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise TypeError(f"indices: expected integers, got {wanted.dtype}")
+        wanted = wanted.astype(np.int64)
         outside = wanted[(wanted < 0) | (wanted >= self.frame_count)]
         if len(outside):
             raise IndexError(f"frame {outside[0]} of {self.path}: it has {self.frame_count} frames")

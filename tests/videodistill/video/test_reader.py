@@ -98,6 +98,8 @@ def test_wrong_arguments_are_named(steady: Path) -> None:
         for outside in (100, -1):
             with pytest.raises(IndexError, match="100 frames"):
                 reader.read([0, outside])
+        with pytest.raises(TypeError, match="integers"):
+            reader.read([0.5])
         assert reader.read([]).shape == (0, 64, 64, 3)
     with pytest.raises(ValueError, match="closed"):
         reader.read([0])
