@@ -52,9 +52,9 @@ class FrameReader:
     """Reads frames of one local video file: `reader.read([12, 3])`, `reader.sample(32)`.
 
     path: any video that FFmpeg decodes; only local files.
-    backend: "auto" takes decord where its times and first frame agree with the index and nothing in
-    the file is known to mislead it, and PyAV elsewhere; "decord" or "pyav" insist. Only PyAV notices
-    damaged bytes inside a frame.
+    backend: "auto" takes decord where its times and first frame agree with the index and nothing
+    in the file is known to mislead it, and PyAV elsewhere; "decord" or "pyav" insist. Only PyAV
+    notices damaged bytes inside a frame.
 
     Opening reads all packets and decodes one frame. Attributes:
         times: float64 [F], seconds from the first frame, ascending; one for each displayed frame.
@@ -68,8 +68,8 @@ class FrameReader:
             decord does not tell how many it decodes.
 
     Raises `UserError` for a file that is missing, no video, or damaged; `read` and `sample` also
-    for a frame that cannot be decoded. Threads may share a reader: they take turns. After a fork each
-    process opens the file anew; nothing of the parent's reader is disturbed.
+    for a frame that cannot be decoded. Threads may share a reader: they take turns. After a fork
+    each process opens the file anew; nothing of the parent's reader is disturbed.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, backend: Backend = "auto") -> None:
