@@ -58,7 +58,9 @@ class Commands(TyperGroup):
         if own is not None:
             return own
         if cmd_name == "data":
-            return _group(_DATA_COMMANDS)
+            group = _group(_DATA_COMMANDS)
+            group.name = cmd_name
+            return group
         return _group(_TRAINING_COMMANDS).commands.get(cmd_name)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
@@ -75,6 +77,8 @@ class Commands(TyperGroup):
             try:
                 extra["standalone_mode"] = False
                 status = super().main(given or ["--help"], prog_name="videodistill", **extra)
+                if status == 130:  # newer versions of typer tell Ctrl-C this way
+                    _say("error", "interrupted")
             except (Exception, KeyboardInterrupt) as error:
                 if debug:
                     traceback.print_exc()
