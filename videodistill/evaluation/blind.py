@@ -53,7 +53,8 @@ def question_only(
     """
     generator = torch.Generator().manual_seed(seed)
     counted = Counter(gram for question in train for gram in _grams(question.question))
-    number = {gram: i for i, (gram, count) in enumerate(sorted(counted.items())) if count > 1}
+    frequent = sorted(gram for gram, count in counted.items() if count > 1)
+    number = {gram: i for i, gram in enumerate(frequent)}
     answers = sorted({question.answer for question in train})
     label = {answer: i for i, answer in enumerate(answers)}
 

@@ -11,7 +11,6 @@ far less in the same time, for frames of one world share most of their caption.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from videodistill.data.procedural.world import (
     WorldConfig,
     sample_world,
 )
+from videodistill.training.features import map_in_processes
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,11 +53,11 @@ class ClipRecipe:
     vocabulary: int = 512
     render_size: int = 96
     """Side in pixels at which frames are painted before they are scaled down."""
-    worlds: int = 60_000
+    worlds: int = 40_000
     stills_per_world: int = 5
-    batch: int = 192
+    batch: int = 128
     phrases: int = 192
-    epochs: float = 1.2
+    epochs: float = 2.2
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     seed: int = 11
@@ -111,7 +111,6 @@ _WRAPPERS = (
 def _stills(job: tuple[ClipRecipe, int, int]) -> tuple[np.ndarray, list[list[str]]]:
     """Frames of ``count`` worlds from ``first`` on, uint8 [n, 3, s, s], and their true phrases."""
     recipe, first, count = job
-    torch.set_num_threads(1)
     frames, phrases = [], []
     for number in range(first, first + count):
         world = sample_world((recipe.seed, number), WorldConfig(frames=64))
@@ -149,8 +148,8 @@ def make_stills(recipe: ClipRecipe, workers: int) -> tuple[torch.Tensor, list[li
     total = recipe.worlds * recipe.stills_per_world
     pixels = torch.empty(total, 3, recipe.image_size, recipe.image_size, dtype=torch.uint8)
     phrases: list[list[str]] = []
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for frames, labels in pool.imap(_stills, jobs):
+    with map_in_processes(_stills, jobs, workers, torch.set_num_threads, 1) as results:
+        for frames, labels in results:
             pixels[len(phrases) : len(phrases) + len(labels)] = torch.from_numpy(frames)
             # There are some thousand different phrases, each of them true of many frames.
             phrases += [[sys.intern(phrase) for phrase in true] for true in labels]
@@ -278,7 +277,7 @@ def train_clip(recipe: ClipRecipe, directory: Path, *, workers: int = 2, log=pri
     began = time.perf_counter()
     pixels, labels = make_stills(recipe, workers)
     log(f"painted {len(labels)} frames in {time.perf_counter() - began:.0f} s")
-    held_out = 4000
+    held_out = min(4000, len(labels) // 10)
     tokenizer = _tokenizer(recipe)
     model, bias = _build(recipe, tokenizer), _Bias()
     with torch.no_grad():

@@ -54,15 +54,15 @@ class DefaultRecipe:
         default_factory=lambda: {
             # split: (videos, frames of each)
             "train": (4000, 64),
-            "train_long": (600, 256),
-            "test": (300, 64),
-            "test_256": (200, 256),
-            "test_1024": (100, 1024),
+            "train-long": (600, 256),
+            "test": (250, 64),
+            "test-256": (200, 256),
+            "test-1024": (100, 1024),
         }
     )
     candidates: dict[str, int] = field(
         # Frames that features are made of; 64 where nothing is said, as in the model's settings.
-        default_factory=lambda: {"train_long": 256, "test_256": 256}
+        default_factory=lambda: {"train-long": 256, "test-256": 256}
     )
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     head: HeadRecipe = field(default_factory=HeadRecipe)

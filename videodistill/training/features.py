@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def _start(encoder_folder: str) -> None:
     from videodistill.encoders import load_encoder
 
     global _encoder
-    torch.set_num_threads(1)
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(1)  # one process a core
     _encoder = load_encoder(encoder_folder)
 
 
@@ -63,6 +68,26 @@ def _extract_one(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     )
 
 
+@contextmanager
+def map_in_processes(
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    workers: int,
+    start: Callable[..., None],
+    *arguments: object,
+) -> Iterator[Iterator[Result]]:
+    """Results of ``function`` on ``jobs``, in order, from processes that ``start`` prepared.
+
+    With one worker everything happens here: starting a process takes seconds of importing torch.
+    """
+    if workers == 1:
+        start(*arguments)
+        yield map(function, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, start, arguments) as pool:
+        yield pool.imap(function, jobs, chunksize=max(1, min(8, len(jobs) // workers)))
+
+
 def extract(
     folder: Path,
     videos: Sequence[str],
@@ -71,7 +96,6 @@ def extract(
     target: Path,
     *,
     workers: int,
-    progress: Callable[[float], None] | None = None,
 ) -> Features:
     """Features of videos, from ``target`` if it holds those of the same videos and encoder.
 
@@ -82,7 +106,6 @@ def extract(
         frames: N.
         target: A safetensors file.
         workers: Processes.
-        progress: Called with the share that is done.
     """
     from videodistill.encoders import load_encoder
 
@@ -100,13 +123,10 @@ def extract(
                 )
     jobs = [(str(folder / video), frames) for video in videos]
     parts: tuple[list, ...] = ([], [], [], [])
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start, (str(encoder_folder),)) as pool:
-        for done, result in enumerate(pool.imap(_extract_one, jobs, chunksize=8), start=1):
+    with map_in_processes(_extract_one, jobs, workers, _start, str(encoder_folder)) as results:
+        for result in results:
             for part, value in zip(parts, result, strict=True):
                 part.append(value)
-            if progress and done % 50 == 0:
-                progress(done / len(jobs))
     tensors = {
         "frame_embed": torch.from_numpy(np.stack(parts[0])),
         "patches": torch.from_numpy(np.stack(parts[1])),

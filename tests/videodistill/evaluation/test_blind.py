@@ -32,6 +32,7 @@ def test_question_only_finds_what_words_give_away():
             answer = "yes" if (first == "red") == (second == "ring") else "no"
             questions.append(asked(f"is the {first} {second} there?", answer, "leak"))
             questions.append(asked("heads or tails?", rng.choice(["heads", "tails"]), "coin"))
+        questions.append(asked(f"a question asked but once: {rng.random()}", "no", "rare"))
         return questions
 
     report = question_only(leaky(300), [*leaky(200), asked("who?", "nobody", "other")], steps=300)
