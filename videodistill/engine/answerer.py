@@ -201,16 +201,7 @@ class Answerer:
         `Answered.notices` says so.
         """
         asked = checks.check_questions(questions)
-        if choices is not None and answers is not None:
-            raise UserError("choices and answers were both given: drop one of --choices, --answers")
-        if choices is not None:
-            options = checks.check_choices(choices)
-        elif isinstance(answers, (str, Path)):
-            options = checks.read_answers(answers)
-        elif answers is not None:
-            options = checks.check_choices(answers, source="answers")
-        else:
-            options = None
+        options = _options(choices, answers)
         checks.check_count("pick", pick)
         if isinstance(video, EncodedVideo):
             if (frames, start, end) != (None, None, None):
@@ -390,6 +381,19 @@ def seen_region(
         return 0.0, 0.0, float(width), float(height)
     side = min(width, height) * transform.image_size / transform.resize_to
     return (width - side) / 2, (height - side) / 2, side, side
+
+
+def _options(
+    choices: Sequence[str] | None, answers: str | Path | Sequence[str] | None
+) -> list[str] | None:
+    """What there is to choose from; None when neither list was given."""
+    if choices is not None and answers is not None:
+        raise UserError("choices and answers were both given: drop one of --choices, --answers")
+    if choices is not None:
+        return checks.check_choices(choices)
+    if isinstance(answers, (str, Path)):
+        return checks.read_answers(answers)
+    return None if answers is None else checks.check_choices(answers, source="answers")
 
 
 class _Clock:
