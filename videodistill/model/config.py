@@ -26,6 +26,8 @@ class VideoDistillConfig:
     sampler_blocks: int = 2
     refiner_blocks: int = 2
     ffn_ratio: int = 4
+    merge: int = 1
+    """The refiner sees ``merge`` × ``merge`` neighbouring patches as one token."""
     gate: str = "scalar"
     """"scalar": one gate per token and head; "channel": one per channel."""
 
@@ -57,11 +59,22 @@ class VideoDistillConfig:
 
     def __post_init__(self) -> None:
         self.patch_grid = tuple(self.patch_grid)
-        for name in ("embed_dim", "patch_dim", "token_dim", "width", "heads", "frames", "pick"):
+        for name in (
+            "embed_dim",
+            "patch_dim",
+            "token_dim",
+            "width",
+            "heads",
+            "frames",
+            "pick",
+            "merge",
+        ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if any(side % self.merge for side in self.patch_grid):
+            raise ValueError(f"merge {self.merge} does not divide patch_grid {self.patch_grid}")
         allowed = {
             "gate": ("scalar", "channel"),
             "frame_choice": ("learned", "uniform", "random"),

@@ -66,10 +66,10 @@ class VisionRefiner(nn.Module):
     def __init__(self, config: VideoDistillConfig):
         super().__init__()
         width = config.width
-        patches = config.patch_grid[0] * config.patch_grid[1]
-        self.patch = nn.Sequential(
-            nn.LayerNorm(config.patch_dim), nn.Linear(config.patch_dim, width)
-        )
+        self.grid, self.merge = config.patch_grid, config.merge
+        patches = self.grid[0] * self.grid[1] // self.merge**2
+        merged = config.patch_dim * self.merge**2
+        self.patch = nn.Sequential(nn.LayerNorm(merged), nn.Linear(merged, width))
         self.frame = nn.Linear(config.embed_dim, width)
         self.position = nn.Parameter(torch.randn(1 + patches, width) * 0.02)
         self.time = TimeEmbedding(width)
@@ -97,7 +97,7 @@ class VisionRefiner(nn.Module):
             slot_mask: bool [B,K], False where a video had fewer frames than K; None where none had.
         """
         frame = self.frame(e * self.embed_scale).unsqueeze(2)
-        x = torch.cat([frame, self.patch(patches)], dim=2)
+        x = torch.cat([frame, self.patch(self._merge(patches))], dim=2)
         x = x + self.position + self.time(times).unsqueeze(2)
         grains = []
         for block, norm in zip(self.blocks, self.norms, strict=True):
@@ -105,7 +105,24 @@ class VisionRefiner(nn.Module):
             if slot_mask is not None:
                 gates = gates * slot_mask[:, :, None, None, None]
             grains += self._pool(norm(x), gates, slot_mask)
-        return Refined(torch.cat(grains, dim=-1), gates[:, :, 1:].mean(dim=(-2, -1)))
+        patch_gates = self._spread(gates[:, :, 1:].mean(dim=(-2, -1)))
+        return Refined(torch.cat(grains, dim=-1), patch_gates)
+
+    def _merge(self, patches: Tensor) -> Tensor:
+        """Neighbours side by side: [B,K,S,C_v] to [B,K,S/m²,m²·C_v]."""
+        if self.merge == 1:
+            return patches
+        (rows, columns), m = self.grid, self.merge
+        squares = patches.unflatten(2, (rows // m, m, columns // m, m)).transpose(3, 4)
+        return squares.flatten(4, 6).flatten(2, 3)
+
+    def _spread(self, gates: Tensor) -> Tensor:
+        """Gates [B,K,S/m²] of merged patches, to each of them: [B,K,S]."""
+        if self.merge == 1:
+            return gates
+        (rows, columns), m = self.grid, self.merge
+        grid = gates.unflatten(2, (rows // m, columns // m))
+        return grid.repeat_interleave(m, 2).repeat_interleave(m, 3).flatten(2)
 
     def _pool(self, x: Tensor, gates: Tensor, slot_mask: Tensor | None) -> list[Tensor]:
         """Three grains [B,C] of tokens [B,K,1+S,C], each weighted by its gates.

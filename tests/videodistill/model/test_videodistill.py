@@ -267,6 +267,7 @@ def test_other_numbers_of_frames():
     [
         ({"heads": 5}, "width 32 is not a multiple of heads 5"),
         ({"gate": "vector"}, "gate must be one of"),
+        ({"merge": 3}, r"merge 3 does not divide patch_grid \(4, 4\)"),
         ({"pick": 0}, "pick must be a positive integer"),
         ({"sampling": "best"}, "sampling must be one of"),
     ],
@@ -274,6 +275,20 @@ def test_other_numbers_of_frames():
 def test_config_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**settings)
+
+
+def test_merged_patches():
+    """Two by two patches make one token: in the right places, with gates for all of them."""
+    model = trained(tiny_config(merge=2))
+    patches = torch.arange(16.0)[None, None, :, None].expand(1, 1, 16, 32)
+    merged = model.refiner._merge(patches)
+    assert merged.shape == (1, 1, 4, 128)
+    assert merged[0, 0, 1].unflatten(0, (4, 32))[:, 0].tolist() == [2, 3, 6, 7]
+    gates = model.refiner._spread(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]))[0, 0].reshape(4, 4)
+    assert gates.tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    with torch.no_grad():
+        output = model(**inputs())
+    assert output.patch_gates.shape == (4, 4, S)
 
 
 def test_bad_batches_are_refused():
