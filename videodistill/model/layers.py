@@ -29,6 +29,9 @@ class LanguageGate(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(token_dim, width)
         self.value = nn.Linear(token_dim, width) if channelwise else None
+        # Scores of size 2 rather than 1/3: gates differ from the first step on, and learn faster.
+        for layer in (self.query, self.key):
+            nn.init.normal_(layer.weight, std=1.5 * layer.in_features**-0.5)
         # Gates start half open: sigmoid(0), scaled by what the tokens' agreement adds.
         self.bias = nn.Parameter(
             torch.zeros(heads, width // heads) if channelwise else torch.zeros(heads)

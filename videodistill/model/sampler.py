@@ -26,10 +26,14 @@ class SamplerBlock(nn.Module):
         self.ffn = feed_forward(width, config.ffn_ratio)
 
     def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor, frame_mask: Tensor | None):
-        """Frame states [B,N,C] to frame states."""
+        """Frame states [V,N,C] of videos, or [B,N,C] of questions, to states of questions.
+
+        Until the question gates them, states are the same for all questions about a video.
+        """
         qkv = self.qkv(self.time_norm(x)).unflatten(-1, (3, 1, self.heads, -1))
         seen = spacetime_attention(*qkv.unbind(2), axis="time", key_mask=frame_mask)
         x = x + self.time_out(seen.flatten(2))
+        x = x.repeat_interleave(len(tokens) // len(x), dim=0)
         normed = self.gate_norm(x)
         gate = self.gate(normed, tokens, token_mask)
         value = self.value(normed).unflatten(-1, (self.heads, -1))
@@ -68,22 +72,26 @@ class FrameSampler(nn.Module):
         """Scores [B,N], fp32, of mean 0 and variance 1 over the real frames of each video.
 
         Args:
-            frame_embed: [B,N,C_a], not normalised.
-            text_embed: [B,C_a], not normalised.
+            frame_embed: [V,N,C_a], not normalised.
+            text_embed: [B,C_a], not normalised; B/V consecutive questions about each video.
             tokens: [B,M,C_t]; token_mask: bool [B,M].
-            times: [B,N] in [0,1]; frame_mask: bool [B,N] or None.
+            times: [V,N] in [0,1]; frame_mask: bool [V,N] or None.
         """
+        questions = len(text_embed) // len(frame_embed)
         e = F.normalize(frame_embed, dim=-1)
         change = torch.cat([torch.zeros_like(e[:, :1]), e[:, 1:] - e[:, :-1]], dim=1)
         # Unit vectors have elements of size C_a^-1/2; the layers like elements of size 1.
         states = torch.cat([e, change], dim=-1) * self.config.embed_dim**0.5
         x = self.state(states) + self.time(times)
-        for block in self.blocks:
-            x = block(x, tokens, token_mask, frame_mask)
-        cosine = (e @ F.normalize(text_embed, dim=-1)[:, :, None]).squeeze(-1)
+        per_question = None if frame_mask is None else frame_mask.repeat_interleave(questions, 0)
+        for number, block in enumerate(self.blocks):
+            x = block(x, tokens, token_mask, per_question if number else frame_mask)
+        # [V,questions,C_a] · [V,C_a,N], then one row per question.
+        text = F.normalize(text_embed, dim=-1).unflatten(0, (-1, questions))
+        cosine = (text @ e.transpose(1, 2)).flatten(0, 1)
         return _standardise(
             self.similarity * cosine.float() + self.score(self.norm(x)).squeeze(-1).float(),
-            frame_mask,
+            per_question,
         )
 
     def choose(

@@ -22,7 +22,8 @@ class VideoDistillOutput(NamedTuple):
     answer_embed: Tensor
     """``a`` [B,C_a]: question-related vision in the encoder's joint space."""
     scores: Tensor
-    """[B,N]: how much each candidate frame is wanted; mean 0 and variance 1 over a video."""
+    """[B,N]: how much each candidate frame is wanted; mean 0 and variance 1 over a video. All
+    zero where ``config.frame_choice`` leaves the sampler out."""
     sample: TopKSample
     """The choice: weights [B,K,N], indices [B,K] in order of time, slot_mask [B,K]."""
     patch_gates: Tensor
@@ -109,20 +110,16 @@ class VideoDistill(
             times = (torch.arange(frames, device=frame_embed.device) + 0.5) / frames
             times = times.expand(videos, frames)
 
-        def per_question(x: Tensor | None) -> Tensor | None:
-            return x if x is None or questions == 1 else x.repeat_interleave(questions, dim=0)
-
-        scores = self.sampler.score_frames(
-            per_question(frame_embed),
-            text_embed,
-            tokens,
-            token_mask,
-            per_question(times),
-            per_question(frame_mask),
-        )
+        if self.config.frame_choice == "learned":
+            scores = self.sampler.score_frames(
+                frame_embed, text_embed, tokens, token_mask, times, frame_mask
+            )
+        else:
+            scores = torch.zeros(len(text_embed), frames, device=frame_embed.device)
         pick = self.config.pick if pick is None else pick
         wanted = scores if score_bias is None else scores + score_bias
-        sample = self.sampler.choose(wanted, pick, per_question(frame_mask), seed)
+        mask = None if frame_mask is None else frame_mask.repeat_interleave(questions, dim=0)
+        sample = self.sampler.choose(wanted, pick, mask, seed)
 
         # A video's questions gather from it together, so its features are not repeated.
         together = TopKSample(

@@ -10,7 +10,6 @@ _ARMS = {
     "videodistill": "VideoDistill (bundled)",
     "unsupervised": "the same, no evidence supervision",
     "uniform": "the same, trained on uniform frames",
-    "random_frame": "one random frame",
 }
 _ROWS = (*FAMILIES, "direct", "indirect", "all")
 

@@ -54,6 +54,7 @@ class DefaultRecipe:
         default_factory=lambda: {
             # split: (videos, frames of each)
             "train": (4000, 64),
+            "train-more": (4000, 64),
             "train-long": (600, 256),
             "test": (250, 64),
             "test-256": (200, 256),
@@ -65,13 +66,14 @@ class DefaultRecipe:
         default_factory=lambda: {"train-long": 256, "test-256": 256}
     )
     clip: ClipRecipe = field(default_factory=ClipRecipe)
-    head: HeadRecipe = field(default_factory=HeadRecipe)
+    head: HeadRecipe = field(default_factory=lambda: HeadRecipe(steps=6500, learning_rate=2e-3))
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "width": 128,
             "heads": 4,
             "sampler_blocks": 2,
             "refiner_blocks": 3,
+            "merge": 2,
             "frames": 64,
             "pick": 8,
         }
@@ -82,7 +84,6 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "videodistill": ({}, {}),
     "uniform": ({"frame_choice": "uniform"}, {"evidence_weight": 0.0}),
     "unsupervised": ({}, {"evidence_weight": 0.0}),
-    "random_frame": ({"frame_choice": "random", "pick": 1}, {"evidence_weight": 0.0}),
 }
 """The bundled model and what it is compared with: changes to model settings and head recipe."""
 

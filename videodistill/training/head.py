@@ -31,8 +31,12 @@ class HeadRecipe:
     """Of the cross-entropy between frame scores and ground-truth frames; 0 leaves them unused."""
     choice_weight: float = 0.5
     """Of the cross-entropy on cosines with the answers' text embeddings."""
-    forcing: float = 0.5
-    """Share of the steps over which ground-truth frames are helped into the choice, fading out."""
+    forcing: float = 0.8
+    """Share of the steps over which ground-truth frames are helped into the choice: fully in the
+    first half of them, fading out in the second. Not without ``evidence_weight``."""
+    early_picks: tuple[tuple[float, int], ...] = ((0.25, 2), (0.55, 4))
+    """(Share of the steps until which, frames to choose): few frames teach the gates faster, for
+    they hold fewer objects to leave out. After that the model's own K."""
     bf16: bool = True
     seed: int = 5
 
@@ -217,16 +221,14 @@ def train_head(
     for step in range(recipe.steps):
         split, rows = next(batches)
         frames = _some_frames(split.features.seconds.shape[1], rng)
-        needed = split.needed(rows, context=True)
+        needed, evidence = split.needed(rows, context=True), split.needed(rows, context=False)
         if frames is not None:
-            needed = needed[:, frames]
-        bias = None
-        if recipe.evidence_weight:
-            strength = max(0.0, 1.0 - step / (recipe.forcing * recipe.steps + 1e-9))
-            bias = 4.0 * strength * needed
+            needed, evidence = needed[:, frames], evidence[:, frames]
+        bias, pick = _curriculum(recipe, step / recipe.steps, needed, evidence)
+        pick = min(pick or model.config.pick, model.config.pick)
         # On a CPU with bf16 instructions the matrix products take a fifth of the time.
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            output = look(model, split, rows, frames, seed=_seed(rng), score_bias=bias)
+            output = look(model, split, rows, frames, pick=pick, seed=_seed(rng), score_bias=bias)
             losses = _losses(
                 model, output, split, rows, needed, choice_embed, evidence_scale, recipe
             )
@@ -250,6 +252,19 @@ def train_head(
             )
             running.clear()
     model.eval()
+
+
+def _curriculum(
+    recipe: HeadRecipe, progress: float, needed: Tensor, evidence: Tensor
+) -> tuple[Tensor | None, int | None]:
+    """What to add to the scores [B,N], and how many frames to choose; None: nothing, and K."""
+    bias = None
+    if recipe.evidence_weight and progress < recipe.forcing:
+        # Four standard deviations of the scores: enough to be chosen whatever the score. Evidence
+        # first: when few frames are chosen, those that show the answer must be among them.
+        bias = min(1.0, 2.0 - 2.0 * progress / recipe.forcing) * (4.0 * needed + evidence)
+    pick = next((pick for until, pick in recipe.early_picks if progress < until), None)
+    return bias, pick
 
 
 def _seed(rng: np.random.Generator) -> int:
