@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,30 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def clear_errors(out: Path) -> Iterator[None]:
+    """Turn what the file system refuses, or a killed worker, into one line.
+
+    Args:
+        out: The folder that is written, by a command that goes on where it stopped.
+
+    Raises:
+        UserError: In place of an OSError or a BrokenProcessPool.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = "choose another folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free some space and run the same command again, it goes on where it stopped"
+        raise UserError(f"{error.filename or out}: {error.strerror}; {remedy}") from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{out}: a worker was killed, perhaps for lack of memory; run the same command again "
+            "with fewer --workers, it goes on where it stopped"
+        ) from error
 
 
 def to_json(value: list | dict) -> str:

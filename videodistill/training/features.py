@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from videodistill.processes import follow_parent
 
 Job, Result = TypeVar("Job"), TypeVar("Result")
 
@@ -79,13 +83,28 @@ def map_in_processes(
     """Results of ``function`` on ``jobs``, in order, from processes that ``start`` prepared.
 
     With one worker everything happens here: starting a process takes seconds of importing torch.
+
+    Raises:
+        BrokenProcessPool: While results are taken, when a process was killed.
     """
     if workers == 1:
         start(*arguments)
         yield map(function, jobs)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, start, arguments) as pool:
-        yield pool.imap(function, jobs, chunksize=max(1, min(8, len(jobs) // workers)))
+    # Not multiprocessing.Pool: that waits for ever when one of its processes is killed.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, _start_process, (start, *arguments))
+    try:
+        yield pool.map(function, jobs, chunksize=max(1, min(8, len(jobs) // workers)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_process(start: Callable[..., None], *arguments: object) -> None:
+    # Ctrl-C ends a worker at once, without a traceback of its own: a job may take an hour.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    follow_parent()
+    start(*arguments)
 
 
 def extract(
@@ -96,16 +115,25 @@ def extract(
     target: Path,
     *,
     workers: int,
+    log: Callable[[str], None] | None = None,
 ) -> Features:
     """Features of videos, from ``target`` if it holds those of the same videos and encoder.
+
+    Videos are told apart by their names: whoever makes other videos of the same names removes
+    ``target``.
 
     Args:
         folder: Of the video files.
         videos: Their paths in it; each must hold at least ``frames`` frames.
         encoder_folder: Of the encoder.
         frames: N.
-        target: A safetensors file.
+        target: A safetensors file; one that is damaged or of other videos is written anew.
         workers: Processes.
+        log: Called with a line for each tenth of the work.
+
+    Raises:
+        UserError: The encoder or a video cannot be read.
+        OSError, SafetensorError: ``target`` cannot be written.
     """
     from videodistill.encoders import load_encoder
 
@@ -114,27 +142,46 @@ def extract(
         "frames": frames,
         "encoder": load_encoder(encoder_folder).fingerprint,
     }
-    if target.exists():
-        with safe_open(target, "pt") as file:
-            if json.loads(file.metadata()["origin"]) == origin:
-                return Features(
-                    tuple(videos),
-                    **{name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
-                )
-    jobs = [(str(folder / video), frames) for video in videos]
-    parts: tuple[list, ...] = ([], [], [], [])
-    with map_in_processes(_extract_one, jobs, workers, _start, str(encoder_folder)) as results:
-        for result in results:
-            for part, value in zip(parts, result, strict=True):
-                part.append(value)
-    tensors = {
-        "frame_embed": torch.from_numpy(np.stack(parts[0])),
-        "patches": torch.from_numpy(np.stack(parts[1])),
-        "seconds": torch.from_numpy(np.stack(parts[2])),
-        "durations": torch.tensor(parts[3], dtype=torch.float32),
-    }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".partial")
-    save_file(tensors, temporary, {"origin": json.dumps(origin)})
-    os.replace(temporary, target)
+    tensors = _stored(target, origin)
+    if tensors is None:
+        jobs = [(str(folder / video), frames) for video in videos]
+        parts: tuple[list, ...] = ([], [], [], [])
+        with map_in_processes(_extract_one, jobs, workers, _start, str(encoder_folder)) as results:
+            for done, result in enumerate(results, start=1):
+                for part, value in zip(parts, result, strict=True):
+                    part.append(value)
+                if log and 10 * done // len(jobs) > 10 * (done - 1) // len(jobs):
+                    log(f"features of {target.stem}: {done}/{len(jobs)} videos")
+        tensors = {
+            "frame_embed": torch.from_numpy(np.stack(parts[0])),
+            "patches": torch.from_numpy(np.stack(parts[1])),
+            "seconds": torch.from_numpy(np.stack(parts[2])),
+            "durations": torch.tensor(parts[3], dtype=torch.float32),
+        }
+        _store(target, tensors, origin)
     return Features(tuple(videos), **tensors)
+
+
+def _stored(target: Path, origin: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of a file, if it is whole and has that origin."""
+    if not target.exists():
+        return None
+    try:
+        with safe_open(target, "pt") as file:
+            if json.loads((file.metadata() or {}).get("origin", "null")) == origin:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError):
+        pass
+    return None
+
+
+def _store(target: Path, tensors: dict[str, Tensor], origin: dict[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs that make the same features at once must not write into one file.
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        save_file(tensors, temporary, {"origin": json.dumps(origin)})
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -14,7 +14,6 @@ of the video alone, so the files are the same for any number of workers and afte
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -22,10 +21,8 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -36,7 +33,7 @@ import av
 import numpy as np
 
 from videodistill.data.egotaskqa import write_egotaskqa
-from videodistill.data.files import read_json, write_whole
+from videodistill.data.files import clear_errors, read_json, write_whole
 from videodistill.data.nextgqa import write_nextgqa
 from videodistill.data.nextqa import write_nextqa_mc, write_nextqa_oe
 from videodistill.data.procedural.questions import Asked, ask
@@ -44,6 +41,7 @@ from videodistill.data.procedural.render import render
 from videodistill.data.procedural.world import DATA_VERSION, World, WorldConfig, sample_world
 from videodistill.data.record import Question, Stretch, VideoInfo
 from videodistill.errors import UserError
+from videodistill.processes import follow_parent
 
 NEXTQA_TYPES = {
     "describe": "DO",
@@ -158,7 +156,7 @@ def make_dataset(
     for name, split in splits.items():
         split.check(name)
 
-    with _clear_errors(out):
+    with clear_errors(out):
         dataset = _open(out, splits, seed)
         _make_videos(out, splits, seed, workers, progress or (lambda *counts: None))
         for name, split in splits.items():
@@ -166,23 +164,6 @@ def make_dataset(
         dataset["splits"] = dict(sorted(dataset["splits"].items()))
         write_whole(out / "dataset.json", _indented(dataset))
     return dataset
-
-
-@contextmanager
-def _clear_errors(out: Path) -> Iterator[None]:
-    """Turn what the file system refuses into one line."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "choose another folder"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space and run the same command again, it goes on where it stopped"
-        raise UserError(f"{error.filename or out}: {error.strerror}; {remedy}") from error
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{out}: a worker was killed, perhaps for lack of memory; run the same command again "
-            "with fewer --workers, it goes on where it stopped"
-        ) from error
 
 
 def _open(out: Path, splits: Mapping[str, Split], seed: int) -> dict[str, Any]:
@@ -297,14 +278,9 @@ def _single_threaded_children() -> Iterator[None]:
 
 
 def _start_worker() -> None:
-    """End with the parent process, even when that is killed; leave Ctrl-C to it."""
+    """End with the parent process; leave Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 def _paths(out: Path, name: str, number: int) -> tuple[Path, Path]:
