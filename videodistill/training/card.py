@@ -11,6 +11,11 @@ _ARMS = {
     "unsupervised": "the same, no evidence supervision",
     "uniform": "the same, trained on uniform frames",
 }
+_SHOWN = {
+    "uniform frames": "bundled, shown uniform frames",
+    "blank video": "bundled, shown a blank video",
+    "shuffled video": "bundled, shown another video",
+}
 _ROWS = (*FAMILIES, "direct", "indirect", "all")
 
 
@@ -28,7 +33,10 @@ def model_card(record: dict[str, Any]) -> str:
     seconds = record["seconds"]
     head = record["arms"]["videodistill"]
     minutes = (sum(seconds.values()) + head["seconds"]) / 60
-    encoder = record["encoder"]
+    encoder, arms = record["encoder"], record["arms"]
+    commands = ["make default-model"]
+    if len(arms) > 1:
+        commands += ["videodistill train-default --controls   # trains what it is compared with"]
     lines = [
         "---",
         "library_name: videodistill",
@@ -40,16 +48,17 @@ def model_card(record: dict[str, Any]) -> str:
         "",
         "A small CLIP and a VideoDistill head, both trained from nothing on the procedural",
         "benchmark: drawn shapes that visit, carry, strike and change colour. It shows what the",
-        "engine does and serves its tests; it knows nothing of real videos. For those, give",
-        "`--encoder` a real CLIP or SigLIP and train a head on it.",
+        "engine does and serves its tests; it knows nothing of real videos. For those, use",
+        "`--zero-shot` with a real CLIP or SigLIP as `--encoder`.",
         "",
         "The sampler was trained with the generator's own evidence stretches as a further signal",
-        f"(weight {settings['head']['evidence_weight']}); the table shows the same model without.",
+        f"(weight {settings['head']['evidence_weight']})"
+        + ("; the table shows the same model without." if "unsupervised" in arms else "."),
         "",
         "## Made by",
         "",
         "```",
-        "make default-model",
+        *commands,
         "```",
         "",
         f"Data version {settings['data_version']}, data seed {settings['seed']}, encoder seed "
@@ -64,8 +73,8 @@ def model_card(record: dict[str, Any]) -> str:
         "",
         "## Accuracy",
         "",
-        "Percent of open-ended answers right on the split `test`, by question family. *Prior* is",
-        "a model trained on the questions alone.",
+        "Percent of open-ended answers right on the split `test`, by question family. *Question",
+        "only* is another model, trained on the words of the questions alone.",
         "",
         *_accuracy_table(record),
         "",
@@ -82,16 +91,17 @@ def model_card(record: dict[str, Any]) -> str:
 
 def _accuracy_table(record: dict[str, Any]) -> list[str]:
     arms = {name: title for name, title in _ARMS.items() if name in record["arms"]}
-    header = ["family", *arms.values(), "blank video", "prior"]
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    prior = record["blind"]["question_only"]
     ours = record["arms"]["videodistill"]["results"]
+    shown = {name: title for name, title in _SHOWN.items() if name in ours}
+    header = ["family", *arms.values(), *shown.values(), "question only"]
+    rows = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    question_only = record["blind"]["question_only"]
     for family in _ROWS:
         cells = [family]
         for name in arms:
             cells.append(f"{record['arms'][name]['results']['test'][family]['accuracy']:.1f}")
-        cells.append(f"{ours['blank video'][family]['accuracy']:.1f}")
-        cells.append(f"{prior[family]:.1f}" if family in prior else "")
+        cells += [f"{ours[name][family]['accuracy']:.1f}" for name in shown]
+        cells.append(f"{question_only[family]:.1f}" if family in question_only else "")
         rows.append(cells)
     return ["| " + " | ".join(row) + " |" for row in rows]
 
