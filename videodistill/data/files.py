@@ -50,7 +50,7 @@ def clear_errors(out: Path) -> Iterator[None]:
         remedy = "choose another folder"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free some space and run the same command again, it goes on where it stopped"
-        raise UserError(f"{error.filename or out}: {error.strerror}; {remedy}") from error
+        raise UserError(f"{error.filename or out}: {error.strerror or error}; {remedy}") from error
     except BrokenProcessPool as error:
         raise UserError(
             f"{out}: a worker was killed, perhaps for lack of memory; run the same command again "

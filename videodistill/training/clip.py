@@ -13,19 +13,23 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from videodistill.data.files import write_whole
 from videodistill.data.procedural import render as painter
 from videodistill.data.procedural.questions import ANSWERS, ask
 from videodistill.data.procedural.world import (
     BOX,
     COLOURS,
+    RESIDENT_RADIUS,
     SHAPES,
     Drawn,
     World,
@@ -87,7 +91,7 @@ def true_phrases(drawn: list[Drawn]) -> set[str]:
         if one.role == "carried":
             phrases |= {f"{visitor.thing.name} carrying {thing.name}", "carrying"}
             phrases |= {f"{visitor.thing.name} carrying", f"carried {thing.name}"}
-        if one.role == "resident" and one.radius < 0.09:
+        if one.role == "resident" and one.radius < RESIDENT_RADIUS:
             phrases |= {f"{visitor.thing.name} hitting {thing.name}", "hitting"}
             phrases |= {f"shrunken {thing.name}", f"{visitor.thing.name} hitting"}
     return phrases
@@ -144,7 +148,10 @@ def make_stills(recipe: ClipRecipe, workers: int) -> tuple[torch.Tensor, list[li
         uint8 [n, 3, image_size, image_size] and, for each frame, its true phrases.
     """
     chunk = 100
-    jobs = [(recipe, first, chunk) for first in range(0, recipe.worlds, chunk)]
+    jobs = [
+        (recipe, first, min(chunk, recipe.worlds - first))
+        for first in range(0, recipe.worlds, chunk)
+    ]
     total = recipe.worlds * recipe.stills_per_world
     pixels = torch.empty(total, 3, recipe.image_size, recipe.image_size, dtype=torch.uint8)
     phrases: list[list[str]] = []
@@ -160,7 +167,7 @@ def make_stills(recipe: ClipRecipe, workers: int) -> tuple[torch.Tensor, list[li
 # The model
 
 
-def _tokenizer(recipe: ClipRecipe):
+def _tokenizer(recipe: ClipRecipe) -> Any:
     """A byte-level BPE (any script is some sequence of its tokens) over the world's language."""
     from tokenizers import (
         Tokenizer,
@@ -204,7 +211,7 @@ def _tokenizer(recipe: ClipRecipe):
     )
 
 
-def _build(recipe: ClipRecipe, tokenizer) -> nn.Module:
+def _build(recipe: ClipRecipe, tokenizer: Any) -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
     tower = {
@@ -244,7 +251,7 @@ def embed(model: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return F.normalize(pooled, dim=-1), F.normalize(model.visual_projection(patches), dim=-1)
 
 
-def embed_text(model: nn.Module, tokenizer, texts: list[str]) -> torch.Tensor:
+def embed_text(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Unit embeddings in the joint space, [len(texts), C_a]."""
     tokens = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
     text = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
@@ -261,7 +268,13 @@ class _Bias(nn.Module):
         self.patch_scale = nn.Parameter(torch.tensor(10.0).log())
 
 
-def train_clip(recipe: ClipRecipe, directory: Path, *, workers: int = 2, log=print) -> dict:
+def train_clip(
+    recipe: ClipRecipe,
+    directory: Path,
+    *,
+    workers: int = 2,
+    log: Callable[[str], None] = print,
+) -> dict[str, float]:
     """Train, and write a CLIP directory that `transformers` and ``load_encoder`` read.
 
     Args:
@@ -271,7 +284,9 @@ def train_clip(recipe: ClipRecipe, directory: Path, *, workers: int = 2, log=pri
         log: Called with lines of progress.
 
     Returns:
-        What was measured on held-out frames: see :func:`measure`.
+        What was measured on held-out frames, see :func:`measure`; ``seconds``, and the ``frames``
+        and ``steps`` of training. training.json in ``directory`` holds it, too, with the recipe;
+        it is written last and says that the directory is complete.
     """
     torch.manual_seed(recipe.seed)
     began = time.perf_counter()
@@ -301,6 +316,7 @@ def train_clip(recipe: ClipRecipe, directory: Path, *, workers: int = 2, log=pri
     rng = np.random.default_rng(recipe.seed)
     order = np.concatenate([rng.permutation(trained) for _ in range(int(recipe.epochs) + 1)])
     model.train()
+    first = time.perf_counter()
     for step in range(steps):
         batch = order[step * recipe.batch : (step + 1) * recipe.batch]
         texts, truth = _phrases_for([labels[i] for i in batch], recipe.phrases, rng)
@@ -320,14 +336,20 @@ def train_clip(recipe: ClipRecipe, directory: Path, *, workers: int = 2, log=pri
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            spent = time.perf_counter() - began
-            log(f"clip step {step}/{steps}  loss {loss.item():.3f}  {spent:.0f} s")
+        if (step + 1) % 50 == 0 or step == steps - 1:
+            spent = time.perf_counter() - first
+            left = spent / (step + 1) * (steps - step - 1)
+            log(
+                f"clip step {step + 1}/{steps}  loss {loss.item():.3f}  "
+                f"{spent:.0f} s, {left:.0f} s to go at this rate"
+            )
 
     model.eval()
     measured = measure(model, tokenizer, pixels[trained:], labels[trained:])
     measured |= {"seconds": round(time.perf_counter() - began), "frames": trained, "steps": steps}
     directory.mkdir(parents=True, exist_ok=True)
+    # An older record must not speak for the weights that come now.
+    (directory / "training.json").unlink(missing_ok=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     settings = {
@@ -345,10 +367,9 @@ def train_clip(recipe: ClipRecipe, directory: Path, *, workers: int = 2, log=pri
         "image_std": list(STD),
     }
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (directory / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    write_whole(directory / "preprocessor_config.json", text)
     record = {"recipe": asdict(recipe), "measured": measured}
-    text = json.dumps(record, indent=2) + "\n"
-    (directory / "training.json").write_text(text, encoding="utf-8")
+    write_whole(directory / "training.json", json.dumps(record, indent=2) + "\n")
     return measured
 
 
@@ -368,11 +389,15 @@ def _phrases_for(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, tokenizer, pixels: torch.Tensor, labels: list[list[str]]) -> dict:
+def measure(
+    model: nn.Module, tokenizer: Any, pixels: torch.Tensor, labels: list[list[str]]
+) -> dict[str, float]:
     """How well frames and best patches tell which colour-shape pairs and which shapes they show.
 
     Returns:
-        Areas under the ROC curve over all (frame, phrase) pairs.
+        Areas under the ROC curve over all (frame, phrase) pairs, by name: "auc_frame_..." of the
+        pooled embedding, "auc_patch_..." of the best patch; "..._pairs" of colour and shape
+        together, "..._shapes" of shapes.
     """
     embeddings = [embed(model, chunk) for chunk in pixels.split(500)]
     frames = torch.cat([frame for frame, _ in embeddings])

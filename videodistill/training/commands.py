@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +25,19 @@ def train_default(
             "--controls", help="Also train what the model is compared with (uniform frames, ...)."
         ),
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> None:
     """Make the bundled model from nothing: videos, encoder, features, head, model card."""
     from videodistill.training.default_model import train_default as train
 
-    train(work, out, controls=controls, workers=workers)
+    begin = time.perf_counter()
+
+    def say(line: str) -> None:
+        minutes, seconds = divmod(int(time.perf_counter() - begin), 60)
+        print(f"{minutes:3}:{seconds:02}  {line}", flush=True)
+
+    train(work, out, controls=controls, workers=workers, log=say)
+    say(f"the model and its card are in {out}")
 
 
 @app.callback()

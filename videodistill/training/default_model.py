@@ -1,15 +1,14 @@
 """The bundled model, made from nothing: data, encoder, features, head, measurements, card.
 
 Every stage leaves its result in the work folder and is skipped when it is there already, made by
-the same settings; so a run that was stopped goes on.
+the same settings; so a run that was stopped goes on with the stage that it was in. (Only the model
+without video is trained each time: it is quick.)
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from videodistill.data.egotaskqa import read_egotaskqa
+from videodistill.data.files import clear_errors, write_whole
 from videodistill.data.nextqa import read_nextqa
 from videodistill.data.procedural.make import Split as DataSplit
 from videodistill.data.procedural.make import make_dataset
@@ -26,10 +27,12 @@ from videodistill.data.procedural.questions import ANSWERS
 from videodistill.data.procedural.world import DATA_VERSION
 from videodistill.data.record import Question
 from videodistill.encoders import ImageTextEncoder, load_encoder
+from videodistill.errors import UserError
 from videodistill.evaluation.blind import priors, question_only
 from videodistill.model import VideoDistill
+from videodistill.training.card import model_card
 from videodistill.training.clip import ClipRecipe, train_clip
-from videodistill.training.features import extract
+from videodistill.training.features import extract, map_in_processes
 from videodistill.training.head import (
     HeadRecipe,
     Split,
@@ -80,6 +83,8 @@ class DefaultRecipe:
     )
 
 
+_HEAD_FILES = ("config.json", "model.safetensors")
+
 ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "videodistill": ({}, {}),
     "uniform": ({"frame_choice": "uniform"}, {"evidence_weight": 0.0}),
@@ -109,29 +114,74 @@ def train_default(
 
     Returns:
         What ``training.json`` in ``out`` holds: settings, seconds and measurements.
+
+    Raises:
+        UserError: A folder cannot be written, ``work`` holds other data, or a process was killed.
     """
     recipe = recipe or DefaultRecipe()
+    if workers < 1:
+        raise UserError(f"workers {workers}: use at least 1")
+    for folder in (work, out):
+        _check_writable(folder)
+    try:
+        with clear_errors(work):
+            return _run_stages(recipe, work, out, controls, workers, log)
+    except SafetensorError as error:  # safetensors tells of a full disk this way
+        raise UserError(
+            f"{work}: {error}; free some space and run the same command again, it goes on where "
+            "it stopped"
+        ) from error
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out now, not after an hour of work; leaves nothing behind."""
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        # Asking for permission bits lies for root and on read-only mounts.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{folder}: cannot be written ({reason}); choose another folder") from error
+
+
+def _run_stages(
+    recipe: DefaultRecipe,
+    work: Path,
+    out: Path,
+    controls: bool,
+    workers: int,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
+    log("stage 1 of 5: videos")
     _timed(work, "data", lambda: _make_data(recipe, work, workers))
+
+    log("stage 2 of 5: encoder")
     encoder_folder = work / "encoder"
     if _read(encoder_folder / "training.json").get("recipe") != asdict(recipe.clip):
-        log("training the encoder")
-        _timed(
-            work, "clip", lambda: train_clip(recipe.clip, encoder_folder, workers=workers, log=log)
-        )
-    log("computing features")
+        train_clip(recipe.clip, encoder_folder, workers=workers, log=log)
+
+    log("stage 3 of 5: features")
     _timed(
-        work, "features", lambda: [_split(recipe, work, name, workers) for name in recipe.videos]
+        work,
+        "features",
+        lambda: [_split(recipe, work, name, workers, log) for name in recipe.videos],
     )
 
     arms = [name for name in ARMS if name == "videodistill" or controls]
     jobs = [(recipe, work, name) for name in arms if not _is_done(recipe, work, name)]
+    log("stage 4 of 5: head")
     if len(jobs) == 1:
         _train_arm(jobs[0], torch.get_num_threads(), log)
     elif jobs:
-        with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-            pool.map(_train_arm, jobs, chunksize=1)
-    log("answering without the video")
+        log(f"progress of each arm is in {work / 'arms'}/*/log.txt")
+        workers = min(workers, len(jobs))
+        with map_in_processes(_train_arm, jobs, workers, torch.set_num_threads, 1) as trained:
+            for (*_, name), _ in zip(jobs, trained, strict=True):
+                log(f"{name} is trained and measured")
+
+    log("stage 5 of 5: answering without the video")
     _timed(work, "blind", lambda: _measure_blind(recipe, work))
     record = _collect(recipe, work)
     _publish(work, out, record)
@@ -139,25 +189,52 @@ def train_default(
 
 
 def _make_data(recipe: DefaultRecipe, work: Path, workers: int) -> None:
+    """Make the videos. Features of other videos go: they are known by names, which are the same."""
     splits = {
         name: DataSplit(videos, (frames, frames))
         for name, (videos, frames) in recipe.videos.items()
     }
-    make_dataset(work / "data", splits, seed=recipe.seed, workers=workers)
+    made = make_dataset(work / "data", splits, seed=recipe.seed, workers=workers)
+    before = _read(work / "checksums.json")
+    checksums = {name: made["splits"][name]["sha256"]["videos"] for name in splits}
+    for name, checksum in checksums.items():
+        if before.get(name, checksum) != checksum:
+            _features_file(work, name).unlink(missing_ok=True)
+    _write(work / "checksums.json", before | checksums)
 
 
 def load_questions(dataset: Path, split: str) -> list[Question]:
-    """Questions of a split of the procedural benchmark, with choices, evidence and context."""
+    """Questions of a split of the procedural benchmark, with choices, evidence and context.
+
+    Raises:
+        UserError: The annotations are missing or broken.
+    """
     folder = dataset / "annotations" / split
     open_ended = read_egotaskqa(folder / "egotaskqa.json")
     with_choices = read_nextqa(folder / "nextqa_mc.csv")
+    if len(open_ended) != len(with_choices):
+        raise UserError(
+            f"{folder}: {len(open_ended)} questions in egotaskqa.json, {len(with_choices)} in "
+            "nextqa_mc.csv; make the data set again"
+        )
     return [
         replace(one, choices=other.choices)
         for one, other in zip(open_ended, with_choices, strict=True)
     ]
 
 
-def _split(recipe: DefaultRecipe, work: Path, name: str, workers: int) -> Split:
+def _features_file(work: Path, split: str) -> Path:
+    return work / "features" / f"{split}.safetensors"
+
+
+def _split(
+    recipe: DefaultRecipe,
+    work: Path,
+    name: str,
+    workers: int,
+    log: Callable[[str], None] | None = None,
+) -> Split:
+    """A split ready for training or evaluation; its features are computed when not yet there."""
     questions = load_questions(work / "data", name)
     encoder = load_encoder(work / "encoder")
     features = extract(
@@ -165,10 +242,17 @@ def _split(recipe: DefaultRecipe, work: Path, name: str, workers: int) -> Split:
         sorted({question.video for question in questions}),
         work / "encoder",
         recipe.candidates.get(name, recipe.model["frames"]),
-        work / "features" / f"{name}.safetensors",
+        _features_file(work, name),
         workers=workers,
+        log=log,
     )
     return prepare(questions, features, encoder, ANSWERS, CHOICES)
+
+
+def _arm(recipe: DefaultRecipe, name: str) -> DefaultRecipe:
+    """The recipe with an arm's changes in it."""
+    settings, changes = ARMS[name]
+    return replace(recipe, model=recipe.model | settings, head=replace(recipe.head, **changes))
 
 
 def _train_arm(
@@ -176,12 +260,14 @@ def _train_arm(
     threads: int = 1,
     log: Callable[[str], None] | None = None,
 ) -> None:
+    """Train and measure one arm; record.json is written last and says that it is done."""
     recipe, work, name = job
     torch.set_num_threads(threads)
-    settings, changes = ARMS[name]
-    arm = replace(recipe, model=recipe.model | settings, head=replace(recipe.head, **changes))
+    arm = _arm(recipe, name)
     folder = work / "arms" / name
     folder.mkdir(parents=True, exist_ok=True)
+    # An older record must not speak for the weights that come now.
+    (folder / "record.json").unlink(missing_ok=True)
     began = time.perf_counter()
     encoder = load_encoder(work / "encoder")
     choice_embed = encoder.encode_texts(list(CHOICES)).text_embed
@@ -227,6 +313,9 @@ def _measure(
         if name == "test":
             results["blank video"] = evaluate(model, blanked(split, encoder), choice_embed)
             results["shuffled video"] = evaluate(model, shuffled(split), choice_embed)
+            learned, model.config.frame_choice = model.config.frame_choice, "uniform"
+            results["uniform frames"] = evaluate(model, split, choice_embed)
+            model.config.frame_choice = learned
     return results
 
 
@@ -241,19 +330,18 @@ def _settings(recipe: DefaultRecipe) -> dict[str, Any]:
 
 
 def _is_done(recipe: DefaultRecipe, work: Path, name: str) -> bool:
-    settings, changes = ARMS[name]
-    arm = replace(recipe, model=recipe.model | settings, head=replace(recipe.head, **changes))
     record = _read(work / "arms" / name / "record.json")
-    encoder = load_encoder(work / "encoder").fingerprint
-    return record.get("settings") == _settings(arm) and record.get("encoder") == encoder
+    settings, encoder = _settings(_arm(recipe, name)), load_encoder(work / "encoder").fingerprint
+    return record.get("settings") == settings and record.get("encoder") == encoder
 
 
 def _collect(recipe: DefaultRecipe, work: Path) -> dict[str, Any]:
     arms = {name: _read(work / "arms" / name / "record.json") for name in ARMS}
+    encoder = _read(work / "encoder" / "training.json")["measured"]
     return {
         "settings": _settings(recipe),
-        "encoder": _read(work / "encoder" / "training.json").get("measured"),
-        "seconds": _read(work / "seconds.json"),
+        "encoder": encoder,
+        "seconds": _read(work / "seconds.json") | {"clip": encoder["seconds"]},
         "arms": {
             name: {"seconds": record["seconds"], "results": record["results"]}
             for name, record in arms.items()
@@ -264,18 +352,14 @@ def _collect(recipe: DefaultRecipe, work: Path) -> dict[str, Any]:
 
 
 def _publish(work: Path, out: Path, record: dict[str, Any]) -> None:
-    from videodistill.training.card import model_card
-
-    out.mkdir(parents=True, exist_ok=True)
-    for source, target in (
-        (work / "arms" / "videodistill" / "config.json", out / "config.json"),
-        (work / "arms" / "videodistill" / "model.safetensors", out / "model.safetensors"),
-        *((file, out / "encoder" / file.name) for file in sorted((work / "encoder").iterdir())),
-    ):
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
+    """Put the checkpoint, its encoder and its card where they are used, each file whole."""
+    files = {name: work / "arms" / "videodistill" / name for name in _HEAD_FILES}
+    files |= {f"encoder/{file.name}": file for file in sorted((work / "encoder").iterdir())}
+    (out / "encoder").mkdir(parents=True, exist_ok=True)
+    for name, source in files.items():
+        write_whole(out / name, source.read_bytes())
     _write(out / "training.json", record)
-    (out / "README.md").write_text(model_card(record), encoding="utf-8")
+    write_whole(out / "README.md", model_card(record))
 
 
 def _timed(work: Path, stage: str, run: Callable[[], Any]) -> None:
@@ -291,10 +375,12 @@ def _timed(work: Path, stage: str, run: Callable[[], Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What a record holds. One that is missing or damaged holds nothing: its stage runs again."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
