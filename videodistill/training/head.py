@@ -197,6 +197,9 @@ def train_head(
         choice_embed: [answers, C_a]: text embeddings of all that can be a choice, in the order
             that the splits' ``choices`` count in.
         log: Called with lines of progress.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
     """
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
@@ -246,9 +249,10 @@ def train_head(
             running["loss"] += loss.item()
         if (step + 1) % 100 == 0:
             spent = time.perf_counter() - began
+            left = spent / (step + 1) * (recipe.steps - step - 1)
             log(
                 f"head step {step + 1}/{recipe.steps}  loss {running['loss'] / 100:.3f}  "
-                f"right {running['right']:.1f}%  {spent:.0f} s"
+                f"right {running['right']:.1f}%  {spent:.0f} s, {left:.0f} s to go at this rate"
             )
             running.clear()
     model.eval()
@@ -303,11 +307,16 @@ def _losses(
         )
     if recipe.evidence_weight and model.config.frame_choice == "learned":
         has_any = needed.any(1)
-        target = needed[has_any].float()
-        target = target / target.sum(1, keepdim=True)
-        log_p = (evidence_scale.exp() * output.scores[has_any]).log_softmax(-1)
-        losses["evidence"] = -recipe.evidence_weight * (target * log_p).sum(1).mean()
+        if has_any.any():
+            target = needed[has_any].float()
+            target = target / target.sum(1, keepdim=True)
+            log_p = (evidence_scale.exp() * output.scores[has_any]).log_softmax(-1)
+            losses["evidence"] = -recipe.evidence_weight * (target * log_p).sum(1).mean()
     return losses
+
+
+_Result = tuple[bool, bool, list[bool], str | None]
+"""Open-ended answer right, choice right, each stretch of evidence seen, reference."""
 
 
 @torch.no_grad()
@@ -320,7 +329,7 @@ def evaluate(
     frames: Tensor | None = None,
     videos_per_batch: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Accuracy and evidence recall by family, and over all questions as family "all".
+    """Accuracy and evidence recall by family, by reference, and over all questions.
 
     Args:
         model: Trained; left in evaluation mode.
@@ -331,12 +340,13 @@ def evaluate(
         videos_per_batch: How many go through the model together.
 
     Returns:
-        For each family: ``questions``; ``accuracy``, open-ended, in percent; ``choice``, with
-        choices; ``evidence``, percent of the questions with evidence that have a chosen frame in
-        it; ``covered``, percent that have one in every stretch of it.
+        For each family, for "direct" and "indirect" questions and for "all": ``questions``, their
+        number; ``accuracy``, open-ended, in percent; ``choice``, with choices; ``evidence``,
+        percent of the questions with evidence that have a chosen frame in it; ``covered``, percent
+        that have one in every stretch of it.
     """
     model.eval()
-    kept: dict[str, list[tuple[Tensor, ...]]] = defaultdict(list)
+    kept: dict[str, list[_Result]] = defaultdict(list)
     groups = split.by_video()
     sizes = sorted({len(rows) for rows in groups})
     for size in sizes:
@@ -369,7 +379,7 @@ def evaluate(
     return report
 
 
-def _summary(results: list[tuple]) -> dict[str, float]:
+def _summary(results: list[_Result]) -> dict[str, float]:
     with_evidence = [hits for _, _, hits, _ in results if hits]
 
     def percent(values: list[bool]) -> float:
