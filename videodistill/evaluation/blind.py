@@ -50,6 +50,12 @@ def question_only(
     A perceptron over the words of a question and its runs of two, three and four words: all that
     a question of a handful of words can give away. Answers that training lacks count as wrong.
     The number of steps is chosen on a tenth of the training questions.
+
+    Args:
+        train: At least two questions.
+        test: At least one.
+        steps: Of training, 256 questions each.
+        seed: Of the weights and batches.
     """
     generator = torch.Generator().manual_seed(seed)
     counted = Counter(gram for question in train for gram in _grams(question.question))
@@ -72,7 +78,8 @@ def question_only(
         )
         rows, truth = encode(train)
         order = torch.randperm(len(rows), generator=generator).tolist()
-        held_out, kept = order[: len(order) // 10], order[len(order) // 10 :]
+        tenth = max(1, len(order) // 10)
+        held_out, kept = order[:tenth], order[tenth:]
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
         best, best_weights = -1.0, None
         for step in range(steps):
@@ -82,7 +89,7 @@ def question_only(
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            if (step + 1) % 150 == 0:
+            if (step + 1) % 150 == 0 or step + 1 == steps:
                 right = _right(model, [rows[i] for i in held_out], truth[held_out])
                 if (accuracy := right.float().mean().item()) > best:
                     best = accuracy
@@ -92,7 +99,7 @@ def question_only(
     families = sorted({question.family or "" for question in test})
     report = {
         family: _percent(
-            [ok for ok, question in zip(right, test, strict=True) if question.family == family]
+            [ok for ok, asked in zip(right, test, strict=True) if (asked.family or "") == family]
         )
         for family in families
     }
