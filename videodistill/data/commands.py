@@ -75,7 +75,7 @@ def check(
     encoder: Annotated[
         Path | None, typer.Option(help="Folder of an encoder.", show_default="the bundled one")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that compute features.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that compute features.")] = 2,
 ) -> None:
     """Count questions, and measure how many are answered without looking properly.
 
@@ -86,7 +86,14 @@ def check(
     from videodistill.engine.checks import ASSETS
 
     folder = encoder or ASSETS / "default" / "encoder"
-    found = check_dataset(dataset, train, test, folder, workers=workers)
+    found = check_dataset(
+        dataset,
+        train,
+        test,
+        folder,
+        workers=workers,
+        log=lambda line: print(line, file=sys.stderr, flush=True),
+    )
     counts = ", ".join(f"{count} in {split}" for split, count in found["questions"].items())
     print(f"questions: {counts}")
     print(f"commonest answer: {found['answers']:.1f}% of {test}")

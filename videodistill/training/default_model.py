@@ -18,14 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from videodistill.data.egotaskqa import read_egotaskqa
 from videodistill.data.files import clear_errors, write_whole
-from videodistill.data.nextqa import read_nextqa
 from videodistill.data.procedural.make import Split as DataSplit
 from videodistill.data.procedural.make import make_dataset
-from videodistill.data.procedural.questions import ANSWERS
+from videodistill.data.procedural.questions import ANSWERS, CHOICES
+from videodistill.data.procedural.read import load_questions
 from videodistill.data.procedural.world import DATA_VERSION
-from videodistill.data.record import Question
 from videodistill.encoders import ImageTextEncoder, load_encoder
 from videodistill.errors import UserError
 from videodistill.evaluation.blind import priors, question_only
@@ -42,9 +40,6 @@ from videodistill.training.head import (
     shuffled,
     train_head,
 )
-
-CHOICES = (*ANSWERS, "middle", "four")
-"""Everything that can be among a procedural question's choices."""
 
 
 @dataclass(frozen=True)
@@ -201,26 +196,6 @@ def _make_data(recipe: DefaultRecipe, work: Path, workers: int) -> None:
         if before.get(name, checksum) != checksum:
             _features_file(work, name).unlink(missing_ok=True)
     _write(work / "checksums.json", before | checksums)
-
-
-def load_questions(dataset: Path, split: str) -> list[Question]:
-    """Questions of a split of the procedural benchmark, with choices, evidence and context.
-
-    Raises:
-        UserError: The annotations are missing or broken.
-    """
-    folder = dataset / "annotations" / split
-    open_ended = read_egotaskqa(folder / "egotaskqa.json")
-    with_choices = read_nextqa(folder / "nextqa_mc.csv")
-    if len(open_ended) != len(with_choices):
-        raise UserError(
-            f"{folder}: {len(open_ended)} questions in egotaskqa.json, {len(with_choices)} in "
-            "nextqa_mc.csv; make the data set again"
-        )
-    return [
-        replace(one, choices=other.choices)
-        for one, other in zip(open_ended, with_choices, strict=True)
-    ]
 
 
 def _features_file(work: Path, split: str) -> Path:

@@ -27,6 +27,9 @@ COUNTS = ("zero", "one", "two", "three")
 ANSWERS = COLOURS + SHAPES + SIDES + COUNTS
 """Every answer that a question can have."""
 
+CHOICES = (*ANSWERS, "middle", "four")
+"""Everything that can be among a question's choices."""
+
 _KINDS_OF_ANSWER = (COLOURS, SHAPES, (*SIDES, "middle"), (*COUNTS, "four"))
 """Sets that wrong choices are drawn from: at least five each."""
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from videodistill.data.procedural.world import World
+from videodistill.data.procedural.world import Thing, World
 
 RGB = {
     "red": (226, 44, 44),
@@ -62,7 +62,7 @@ def _backdrop(world: World, index: int, size: int) -> np.ndarray:
     return picture.clip(0, 255, out=picture)
 
 
-def _paint(picture: np.ndarray, thing, x: float, y: float, radius: float) -> None:
+def _paint(picture: np.ndarray, thing: Thing, x: float, y: float, radius: float) -> None:
     """Blend an object into the picture, which it changes; lengths in pixels."""
     size = picture.shape[0]
     outline = _OUTLINE * size
