@@ -33,7 +33,13 @@ class AnswerHead(nn.Module):
         self.logit_scale = config.logit_scale
 
     def forward(self, e: Tensor, slot_mask: Tensor, grains: Tensor) -> Tensor:
-        """The answer embedding [B,C_a] of frames ``e`` [B,K,C_a] (unit) and ``grains``."""
+        """The answer embedding [B,C_a].
+
+        Args:
+            e: [B,K,C_a], unit embeddings of the chosen frames.
+            slot_mask: bool [B,K], True where a slot holds a frame.
+            grains: [B, refiner_blocks · 3 · C], from the refiner.
+        """
         real = slot_mask.sum(1, keepdim=True).clamp_min(1)
         seen = (e * slot_mask[:, :, None]).sum(1) / real
         return seen + self.adapt(grains)
@@ -44,7 +50,7 @@ class AnswerHead(nn.Module):
         return self.logit_scale * torch.einsum("bc,bac->ba", a, c.expand(len(a), -1, -1))
 
     def vocabulary_logits(self, answer_embed: Tensor) -> Tensor:
-        """[B, len(config.answers)].
+        """Logits [B, len(config.answers)] of answer embeddings [B,C_a].
 
         Raises:
             ValueError: The model has no vocabulary.

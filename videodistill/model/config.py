@@ -10,6 +10,9 @@ class VideoDistillConfig:
     """Sizes, choices and the encoder that a head was made for.
 
     The defaults are the reference configuration of the benchmarks, on CLIP ViT-B/16.
+
+    Raises:
+        ValueError: A field is out of range, or two do not go together.
     """
 
     embed_dim: int = 512
@@ -58,19 +61,25 @@ class VideoDistillConfig:
     """What its weights must hash to; empty accepts any encoder of the right sizes."""
 
     def __post_init__(self) -> None:
-        self.patch_grid = tuple(self.patch_grid)
         for name in (
             "embed_dim",
             "patch_dim",
             "token_dim",
             "width",
             "heads",
+            "sampler_blocks",
+            "refiner_blocks",
+            "ffn_ratio",
             "frames",
             "pick",
             "merge",
+            "num_samples",
         ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        self.patch_grid = tuple(self.patch_grid)
+        if len(self.patch_grid) != 2 or not all(map(_is_count, self.patch_grid)):
+            raise ValueError(f"patch_grid must be two positive integers, not {self.patch_grid!r}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if any(side % self.merge for side in self.patch_grid):
@@ -83,3 +92,7 @@ class VideoDistillConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, not {getattr(self, name)!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1

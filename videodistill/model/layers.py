@@ -32,7 +32,7 @@ class LanguageGate(nn.Module):
         # Scores of size 2 rather than 1/3: gates differ from the first step on, and learn faster.
         for layer in (self.query, self.key):
             nn.init.normal_(layer.weight, std=1.5 * layer.in_features**-0.5)
-        # Gates start half open: sigmoid(0), scaled by what the tokens' agreement adds.
+        # No bias at first: a gate opens by how much the question's tokens agree with its input.
         self.bias = nn.Parameter(
             torch.zeros(heads, width // heads) if channelwise else torch.zeros(heads)
         )

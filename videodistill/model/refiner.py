@@ -94,7 +94,7 @@ class VisionRefiner(nn.Module):
             e: [B,K,C_a], unit embeddings of the frames.
             times: [B,K] in [0,1].
             tokens: [B,M,C_t]; token_mask: bool [B,M].
-            slot_mask: bool [B,K], False where a video had fewer frames than K; None where none had.
+            slot_mask: bool [B,K], False where a video had fewer frames than K; None when none had.
         """
         frame = self.frame(e * self.embed_scale).unsqueeze(2)
         x = torch.cat([frame, self.patch(self._merge(patches))], dim=2)

@@ -25,10 +25,17 @@ class SamplerBlock(nn.Module):
         self.value, self.gate_out = nn.Linear(width, width), nn.Linear(width, width)
         self.ffn = feed_forward(width, config.ffn_ratio)
 
-    def forward(self, x: Tensor, tokens: Tensor, token_mask: Tensor, frame_mask: Tensor | None):
-        """Frame states [V,N,C] of videos, or [B,N,C] of questions, to states of questions.
+    def forward(
+        self, x: Tensor, tokens: Tensor, token_mask: Tensor, frame_mask: Tensor | None
+    ) -> Tensor:
+        """Frame states [V,N,C] of videos, or [B,N,C] of questions, to states of questions [B,N,C].
 
         Until the question gates them, states are the same for all questions about a video.
+
+        Args:
+            x: Frame states.
+            tokens: [B,M,C_t]; token_mask: bool [B,M].
+            frame_mask: bool, [V,N] or [B,N] as ``x``; None when all frames are real.
         """
         qkv = self.qkv(self.time_norm(x)).unflatten(-1, (3, 1, self.heads, -1))
         seen = spacetime_attention(*qkv.unbind(2), axis="time", key_mask=frame_mask)
@@ -97,7 +104,14 @@ class FrameSampler(nn.Module):
     def choose(
         self, scores: Tensor, pick: int, frame_mask: Tensor | None, seed: int | Tensor | None
     ) -> TopKSample:
-        """K frames of N in order of time: drawn in training, the best ones otherwise."""
+        """K frames of N in order of time: drawn in training, the best ones otherwise.
+
+        Args:
+            scores: [B,N]; a config with ``frame_choice`` "uniform" or "random" leaves them unused.
+            pick: K, 1..N.
+            frame_mask: bool [B,N], real frames first; None when all are real.
+            seed: Of the draw in training; "random" draws from torch's global generator instead.
+        """
         config = self.config
         if config.frame_choice == "random":
             scores = torch.rand_like(scores)
@@ -118,10 +132,11 @@ class FrameSampler(nn.Module):
 
 
 def _standardise(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean 0, variance 1 over the real frames.
+    """Scores [B,N] brought to mean 0 and variance 1 over the real frames; 0 at the others.
 
-    The ranking stays. What it prevents: cross-entropy likes scores to grow without end, and with
-    them much larger than the noise of the draw no draw differs and the gradient vanishes.
+    Equal scores become zeros; otherwise the ranking stays. What it prevents: cross-entropy likes
+    scores to grow without end, and with them much larger than the noise of the draw no draw differs
+    and the gradient vanishes.
     """
     real = torch.ones_like(scores) if mask is None else mask.to(scores.dtype)
     count = real.sum(-1, keepdim=True).clamp_min(1)
@@ -131,7 +146,10 @@ def _standardise(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _uniform_scores(scores: Tensor, pick: int, mask: Tensor | None) -> Tensor:
-    """Scores whose K best are the frames at the centres of K equal parts of the real frames."""
+    """Scores whose K best are the frames at the centres of K equal parts of the real frames.
+
+    Those come first in a row, then padding. With fewer real frames than K all of them are best.
+    """
     frames = scores.shape[-1]
     count = frames if mask is None else mask.sum(-1, keepdim=True)
     centres = (torch.arange(pick, device=scores.device) + 0.5) * count / pick

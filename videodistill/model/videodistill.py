@@ -22,12 +22,12 @@ class VideoDistillOutput(NamedTuple):
     answer_embed: Tensor
     """``a`` [B,C_a]: question-related vision in the encoder's joint space."""
     scores: Tensor
-    """[B,N]: how much each candidate frame is wanted; mean 0 and variance 1 over a video. All
+    """fp32 [B,N]: how much each candidate frame is wanted; mean 0 and variance 1 over a video. All
     zero where ``config.frame_choice`` leaves the sampler out."""
     sample: TopKSample
     """The choice: weights [B,K,N], indices [B,K] in order of time, slot_mask [B,K]."""
     patch_gates: Tensor
-    """[B,K,S] in (0,1): the last pooling gates, averaged over heads."""
+    """[B,K,S] in (0,1), 0 in empty slots: the last pooling gates, averaged over heads."""
 
 
 class VideoDistill(
@@ -90,15 +90,17 @@ class VideoDistill(
             patches: [V,N,S,C_v].
             text_embed: [B,C_a].
             tokens: [B,M,C_t]; token_mask: bool [B,M], True where real.
-            frame_mask: bool [V,N], True where real; None when all are.
-            times: [V,N], when each frame is, as a fraction of the video; None means even spacing.
+            frame_mask: bool [V,N], True where real, real frames first; None when all are.
+                Features of other frames may be anything finite.
+            times: [V,N], when each frame is, as a fraction of the video; None means even spacing
+                over all N, so give it where there is padding.
             pick: K; ``config.pick`` when None.
             seed: Of the draw of frames in training; see ``vd_kernels.topk_sample``.
             score_bias: [B,N], added to the scores when frames are chosen, e.g. to help
                 ground-truth frames into the choice early in training.
 
         Raises:
-            ValueError: B is not a multiple of V, or K is not in 1..N.
+            ValueError: B is not a positive multiple of V, or K is not in 1..N.
         """
         videos, frames = frame_embed.shape[:2]
         questions, extra = divmod(len(text_embed), videos)
