@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from vd_kernels import TopKSample
 from videodistill.data.record import Question
-from videodistill.model import VideoDistill, VideoDistillConfig
+from videodistill.model import VideoDistill, VideoDistillConfig, VideoDistillOutput
 from videodistill.training.features import Features
 from videodistill.training.head import HeadRecipe, Split, evaluate, shuffled, train_head
 
@@ -154,3 +157,102 @@ def test_needed_frames():
     rows = torch.tensor([0])
     assert split.needed(rows, context=False)[0].nonzero().flatten().tolist() == [3, 4]
     assert split.needed(rows, context=True)[0].nonzero().flatten().tolist() == [3, 4, 7]
+
+
+class Scripted:
+    """Stands in for a model: what it says and looks at is written down for each question.
+
+    The number of a question is in its text embedding.
+    """
+
+    def __init__(self, answers: list[int], choices: list[int], chosen: list[list[int]]):
+        self.answers, self.choices = torch.tensor(answers), torch.tensor(choices)
+        self.chosen = torch.tensor(chosen)
+
+    def eval(self) -> Scripted:
+        return self
+
+    def __call__(self, frame_embed, patches, text_embed, tokens, token_mask, *, times, pick):
+        number = text_embed[:, 0].long()
+        indices = self.chosen[number]
+        sample = TopKSample(torch.zeros(*indices.shape, times.shape[1]), indices, indices >= 0)
+        return VideoDistillOutput(text_embed, torch.zeros(len(number), 1), sample, patches)
+
+    def vocabulary_logits(self, answer_embed):
+        return torch.eye(3)[self.answers[answer_embed[:, 0].long()]]
+
+    def choice_logits(self, answer_embed, choice_embed):
+        return torch.eye(choice_embed.shape[1])[self.choices[answer_embed[:, 0].long()]]
+
+
+def asked(family: str, reference: str, *evidence: tuple[float, float]) -> Question:
+    return Question("0", "v", "?", family=family, reference=reference, evidence=evidence)
+
+
+SCRIPT = Split(
+    features=Features(
+        ("a", "b", "c"),
+        torch.zeros(3, 8, 1).half(),
+        torch.zeros(3, 8, 1, 1).half(),
+        torch.arange(8.0).expand(3, 8),  # a frame a second
+        torch.full((3,), 8.0),
+    ),
+    questions=[
+        asked("a", "direct", (2, 4), (6, 7)),
+        asked("a", "indirect", (2, 4), (6, 7)),
+        asked("b", "direct"),
+        asked("b", "direct", (4, 5)),
+        asked("b", "indirect", (7, 8)),
+    ],
+    text_embed=torch.arange(5.0)[:, None],
+    tokens=torch.zeros(5, 1, 1),
+    token_mask=torch.ones(5, 1, dtype=torch.bool),
+    video=torch.tensor([0, 0, 1, 1, 2]),
+    answer=torch.tensor([0, 1, 2, -1, 1]),  # the fourth is not in the vocabulary
+    choices=torch.tensor([[0, 1], [1, 0], [2, 1], [0, 2], [1, 2]]),
+    right_choice=torch.tensor([0, 1, 0, 0, 1]),
+)
+
+
+def test_evaluation_by_hand():
+    """Answers right: first and third; choices: all but the third; -1 is a slot without a frame."""
+    model = Scripted([0, 0, 2, 2, 0], [0, 1, 1, 0, 1], [[3, 5], [2, 6], [0, 1], [5, -1], [0, -1]])
+
+    def row(questions, accuracy, choice, evidence, covered):
+        return {
+            "questions": questions,
+            "accuracy": accuracy,
+            "choice": choice,
+            "evidence": evidence,
+            "covered": covered,
+        }
+
+    expected = {
+        "a": row(2, 50.0, 100.0, 100.0, 50.0),
+        "b": row(3, 33.33, 66.67, 0.0, 0.0),
+        "direct": row(3, 66.67, 66.67, 50.0, 0.0),
+        "indirect": row(2, 0.0, 100.0, 50.0, 50.0),
+        "all": row(5, 40.0, 80.0, 50.0, 25.0),
+    }
+    for together in (1, 8):
+        report = evaluate(model, SCRIPT, torch.zeros(3, 1), videos_per_batch=together)
+        assert report == expected
+
+
+def test_evidence_of_a_part_of_the_frames():
+    """Of seconds 1, 3, 5 and 7 the second frame is second 3; of all seconds it is second 1."""
+    model = Scripted([0] * 5, [0] * 5, [[1, 1]] * 5)
+    every = evaluate(model, SCRIPT, torch.zeros(3, 1))["all"]
+    odd = evaluate(model, SCRIPT, torch.zeros(3, 1), frames=torch.arange(1, 8, 2))["all"]
+    assert (every["evidence"], odd["evidence"], odd["covered"]) == (0.0, 50.0, 0.0)
+
+
+def test_questions_without_evidence_train_too():
+    """Nothing to compare the scores with is no reason for a loss of NaN."""
+    split = needle(8, 1)
+    split.questions = [replace(question, evidence=()) for question in split.questions]
+    torch.manual_seed(0)
+    model = VideoDistill(config())
+    recipe = HeadRecipe(steps=2, videos_per_batch=4, bf16=False)
+    train_head(model, [split], recipe, torch.ones(4, C), log=lambda line: None)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())

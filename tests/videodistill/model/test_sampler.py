@@ -1,0 +1,56 @@
+"""Scores on the scale of the draw's noise, and the control that spreads its frames evenly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from videodistill.model.sampler import _standardise, _uniform_scores
+
+MASK = torch.arange(9) < torch.tensor([9, 5, 2])[:, None]
+"""Three videos of 9, 5 and 2 real frames."""
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_real_frames_get_mean_0_and_variance_1(mask: torch.Tensor | None) -> None:
+    scores = 3 + 20 * torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    padded = scores if mask is None else scores.masked_fill(~mask, 1e4)
+    result = _standardise(padded, mask)
+    for row, count in enumerate([9, 9, 9] if mask is None else [9, 5, 2]):
+        real = result[row, :count]
+        assert abs(real.mean().item()) < 1e-5
+        assert abs(real.var(correction=0).item() - 1) < 1e-4
+        assert torch.equal(real.argsort(), scores[row, :count].argsort())
+        assert result[row, count:].eq(0).all()
+
+
+def test_equal_scores_one_frame_and_no_frame() -> None:
+    assert _standardise(torch.full((2, 7), 0.3), None).abs().max() < 1e-3
+    assert _standardise(torch.tensor([[5.0], [-2.0]]), None).eq(0).all()
+    one_real, none_real = torch.arange(4) < torch.tensor([1, 0])[:, None]
+    result = _standardise(torch.randn(2, 4), torch.stack([one_real, none_real]))
+    assert result.eq(0).all()
+
+
+def test_scores_stay_as_they_are_when_all_grow_alike() -> None:
+    scores = torch.randn(2, 9, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(_standardise(50 * scores + 7, None), _standardise(scores, None))
+
+
+@pytest.mark.parametrize(
+    ("frames", "pick", "chosen"),
+    [(12, 4, [1, 4, 7, 10]), (5, 5, [0, 1, 2, 3, 4]), (9, 1, [4]), (7, 3, [1, 3, 5])],
+)
+def test_uniform_frames_are_the_centres_of_equal_parts(
+    frames: int, pick: int, chosen: list[int]
+) -> None:
+    scores = _uniform_scores(torch.randn(2, frames), pick, None)
+    assert scores.shape == (2, frames)
+    assert scores.unique().tolist() in ([0, 1], [1])
+    assert [row.nonzero().flatten().tolist() for row in scores] == [chosen, chosen]
+
+
+def test_uniform_frames_of_videos_with_padding() -> None:
+    """Centres of the real frames; where there are fewer than K, all of them and nothing else."""
+    scores = _uniform_scores(torch.randn(3, 9), 3, MASK)
+    assert [row.nonzero().flatten().tolist() for row in scores] == [[1, 4, 7], [0, 2, 4], [0, 1]]
