@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -111,6 +113,72 @@ def test_make_commands_of_documents_exist(document: str) -> None:
     named = set(re.findall(r"(?:^\s*\$?\s*|`)make ([a-z][a-z-]*)", text, re.MULTILINE))
     assert named, f"{document} names no make command"
     assert named <= make_targets()
+
+
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("videodistill/**/*.md"))
+)
+
+
+def commands() -> dict[str, set[str]]:
+    """The options of each command by its words: "answer", "data make", ..."""
+    from typer.main import get_command
+
+    from videodistill.cli import app
+
+    found: dict[str, set[str]] = {}
+
+    def walk(command: Any, words: str) -> None:
+        if hasattr(command, "list_commands"):
+            for name in command.list_commands(None):
+                walk(command.get_command(None, name), f"{words} {name}".strip())
+        else:
+            options = {option for parameter in command.params for option in parameter.opts}
+            found[words] = {option for option in options if option.startswith("--")}
+
+    walk(get_command(app), "")
+    return found
+
+
+def shown_commands(text: str) -> list[str]:
+    """What stands after `videodistill` in blocks of code and between backticks, on one line."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    matches = (re.fullmatch(r"(?:\.venv/bin/)?videodistill (.+)", line.strip()) for line in lines)
+    return [match[1] for match in matches if match]
+
+
+def test_there_are_commands_to_compare_with() -> None:
+    found = commands()
+    assert {"answer", "data make", "data check", "train-default"} <= set(found)
+    assert {"--choices", "--figure", "--json"} <= found["answer"]
+    assert len(shown_commands((ROOT / "README.md").read_text(encoding="utf-8"))) >= 5
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_and_options_of_documents_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    known = commands()
+    everywhere = {"--help", "--debug"}
+    for line in shown_commands(text):
+        words = shlex.split(line, comments=True)
+        command = next((c for c in known if words[: len(c.split())] == c.split()), None)
+        assert command is not None, f"{document}: no command videodistill {line}"
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert options <= known[command] | everywhere, f"{document}: videodistill {line}"
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert named <= everywhere.union(*known.values()), document
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_between_files_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
 
 
 def test_tracked_text_is_utf8_with_unix_line_ends(texts: dict[Path, str]) -> None:
