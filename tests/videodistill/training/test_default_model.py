@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 
 import videodistill
+from videodistill.errors import UserError
+from videodistill.training import default_model
 from videodistill.training.card import model_card
 from videodistill.training.clip import ClipRecipe
 from videodistill.training.default_model import DefaultRecipe, train_default
@@ -49,7 +54,7 @@ def test_the_record_is_complete(made):
         "preprocessor_config.json",
     }
     results = record["arms"]["videodistill"]["results"]
-    assert {"test", "test, K=4", "blank video", "shuffled video"} == set(results)
+    assert {"test", "test, K=4", "blank video", "shuffled video", "uniform frames"} == set(results)
     assert results["test"]["all"]["questions"] == 24
     assert (out / "README.md").read_text() == model_card(record)
     assert record["blind"]["question_only"].keys() >= {"all", "count"}
@@ -65,3 +70,68 @@ def test_a_second_run_finds_its_work_done(made, tmp_path):
     assert (work / "arms" / "videodistill" / "model.safetensors").stat().st_mtime_ns == before
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_features_of_videos_made_anew_are_forgotten(tmp_path):
+    """Other data has videos of the same names: what is known of them by name must go."""
+    recipe = replace(TINY, videos={"train": (1, 16), "test": (1, 16)})
+
+    def remake(recipe: DefaultRecipe) -> list[str]:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        default_model._make_data(recipe, tmp_path, workers=1)
+        return sorted(path.stem for path in (tmp_path / "features").iterdir())
+
+    (tmp_path / "features").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "features" / f"{name}.safetensors").touch()
+    assert remake(recipe) == ["test", "train"]
+    assert remake(recipe) == ["test", "train"]  # the same videos again
+    longer = recipe.videos | {"test": (2, 16)}
+    assert remake(replace(recipe, videos=longer)) == ["train"]
+    assert remake(replace(recipe, seed=2)) == []
+
+
+def test_a_record_speaks_for_its_own_settings_and_encoder_only(made):
+    work, _, _ = made
+    assert default_model._is_done(TINY, work, "videodistill")
+    assert not default_model._is_done(TINY, work, "uniform")
+    for other in (
+        replace(TINY, seed=2),
+        replace(TINY, head=replace(TINY.head, steps=4)),
+        replace(TINY, model=TINY.model | {"pick": 4}),
+    ):
+        assert not default_model._is_done(other, work, "videodistill")
+
+
+def test_a_damaged_record_counts_as_none(tmp_path):
+    record = tmp_path / "record.json"
+    assert default_model._read(record) == {}
+    default_model._write(record, {"settings": 1})
+    assert default_model._read(record) == {"settings": 1}
+    record.write_text('{"settings": ')
+    assert default_model._read(record) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "work" / "x"))
+
+    monkeypatch.setattr(default_model, "_make_data", full)
+    with pytest.raises(UserError, match="work/x: No space left on device; free some space"):
+        train_default(tmp_path / "work", tmp_path / "out", recipe=TINY, log=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_shows_what_was_measured(made):
+    _, _, record = made
+    alone = model_card(record)
+    assert "| family | VideoDistill (bundled) | bundled, shown uniform frames |" in alone
+    assert "--controls" not in alone and "without" not in alone.partition("## Accuracy")[0]
+    arm = record["arms"]["videodistill"]
+    compared = model_card(record | {"arms": {"videodistill": arm, "unsupervised": arm}})
+    assert "| the same, no evidence supervision |" in compared
+    assert "the same model without." in compared and "train-default --controls" in compared
+    described = arm["results"]["test"]["count"]["accuracy"]
+    (row,) = [line for line in alone.splitlines() if line.startswith("| count |")]
+    assert row.split(" | ")[1] == f"{described:.1f}"
