@@ -41,9 +41,10 @@ class VideoDistillConfig:
     frame_choice: str = "learned"
     """"learned", or the controls it is compared with: "uniform", "random"."""
     sampling: str = "perturbed"
-    """How frames are drawn in training: "perturbed" or "gumbel"; inference takes the K best."""
+    """How frames are drawn in training: "perturbed", "gumbel", or "hard", which takes the K best
+    as inference does and sends the sampler no gradient from the answer."""
     sigma: float = 0.1
-    """Noise of "perturbed", in units of the standard deviation of a video's frame scores."""
+    """Size of the draw's noise, in units of the standard deviation of a video's frame scores."""
     num_samples: int = 64
     temperature: float = 1.0
     """Of "gumbel"."""
@@ -87,7 +88,7 @@ class VideoDistillConfig:
         allowed = {
             "gate": ("scalar", "channel"),
             "frame_choice": ("learned", "uniform", "random"),
-            "sampling": ("perturbed", "gumbel"),
+            "sampling": ("perturbed", "gumbel", "hard"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:

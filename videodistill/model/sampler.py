@@ -117,9 +117,11 @@ class FrameSampler(nn.Module):
             scores = torch.rand_like(scores)
         elif config.frame_choice == "uniform":
             scores = _uniform_scores(scores, pick, frame_mask)
-        elif self.training:
+        elif self.training and config.sampling != "hard":
+            # Gumbel noise has a fixed size: divided by sigma, scores meet it as if it were sigma's.
+            gumbel = config.sampling == "gumbel"
             return topk_sample(
-                scores,
+                scores / config.sigma if gumbel else scores,
                 pick,
                 method=config.sampling,
                 sigma=config.sigma,

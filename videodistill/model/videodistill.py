@@ -2,7 +2,7 @@
 
 # Annotations stay real here: PyTorchModelHubMixin reads the type of ``config`` from them.
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from videodistill.model.answering import AnswerHead
 from videodistill.model.config import VideoDistillConfig
 from videodistill.model.refiner import VisionRefiner
 from videodistill.model.sampler import FrameSampler
+
+if TYPE_CHECKING:
+    from videodistill.encoders import ImageTextEncoder
 
 
 class VideoDistillOutput(NamedTuple):
@@ -51,7 +54,7 @@ class VideoDistill(
         self.answering = AnswerHead(config)
 
     @classmethod
-    def for_encoder(cls, encoder, **settings) -> "VideoDistill":
+    def for_encoder(cls, encoder: "ImageTextEncoder", **settings: Any) -> "VideoDistill":
         """A fresh model for an encoder's sizes: untrained, it answers as the encoder alone does.
 
         Args:
@@ -81,7 +84,6 @@ class VideoDistill(
         times: Tensor | None = None,
         pick: int | None = None,
         seed: int | Tensor | None = None,
-        score_bias: Tensor | None = None,
     ) -> VideoDistillOutput:
         """Look at V videos to answer B questions, B/V consecutive ones about each video.
 
@@ -96,8 +98,6 @@ class VideoDistill(
                 over all N, so give it where there is padding.
             pick: K; ``config.pick`` when None.
             seed: Of the draw of frames in training; see ``vd_kernels.topk_sample``.
-            score_bias: [B,N], added to the scores when frames are chosen, e.g. to help
-                ground-truth frames into the choice early in training.
 
         Raises:
             ValueError: B is not a positive multiple of V, or K is not in 1..N.
@@ -119,9 +119,8 @@ class VideoDistill(
         else:
             scores = torch.zeros(len(text_embed), frames, device=frame_embed.device)
         pick = self.config.pick if pick is None else pick
-        wanted = scores if score_bias is None else scores + score_bias
         mask = None if frame_mask is None else frame_mask.repeat_interleave(questions, dim=0)
-        sample = self.sampler.choose(wanted, pick, mask, seed)
+        sample = self.sampler.choose(scores, pick, mask, seed)
 
         # A video's questions gather from it together, so its features are not repeated.
         together = TopKSample(

@@ -64,7 +64,9 @@ class DefaultRecipe:
         default_factory=lambda: {"train-long": 256, "test-256": 256}
     )
     clip: ClipRecipe = field(default_factory=ClipRecipe)
-    head: HeadRecipe = field(default_factory=lambda: HeadRecipe(steps=6500, learning_rate=2e-3))
+    head: HeadRecipe = field(
+        default_factory=lambda: HeadRecipe(steps=2600, thinking_steps=1200, learning_rate=2e-3)
+    )
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "width": 128,
@@ -72,6 +74,8 @@ class DefaultRecipe:
             "sampler_blocks": 2,
             "refiner_blocks": 3,
             "merge": 2,
+            "sampling": "gumbel",
+            "sigma": 0.25,
             "frames": 64,
             "pick": 8,
         }

@@ -31,10 +31,14 @@ class HeadRecipe:
     """Of the cross-entropy between frame scores and ground-truth frames; 0 leaves them unused."""
     choice_weight: float = 0.5
     """Of the cross-entropy on cosines with the answers' text embeddings."""
-    forcing: float = 0.8
-    """Share of the steps over which ground-truth frames are helped into the choice: fully in the
-    first half of them, fading out in the second. Not without ``evidence_weight``."""
-    early_picks: tuple[tuple[float, int], ...] = ((0.25, 2), (0.55, 4))
+    thinking_steps: int = 1500
+    """Steps in which the sampler alone learns from ground-truth frames, before all learn together.
+    From the start together, the noisy gradient of the draw drowns what the sampler learns from
+    those frames, and nothing else can be learnt until it finds them. None without
+    ``evidence_weight``."""
+    sampler_rate: float = 0.1
+    """The sampler's learning rate after that, as a share of the others'."""
+    early_picks: tuple[tuple[float, int], ...] = ((0.2, 2), (0.4, 4))
     """(Share of the steps until which, frames to choose): few frames teach the gates faster, for
     they hold fewer objects to leave out. After that the model's own K."""
     bf16: bool = True
@@ -203,44 +207,38 @@ def train_head(
     """
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    evidence_scale = nn.Parameter(torch.tensor(0.0))
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": [*others, evidence_scale], "weight_decay": 0.0},
-        ],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, recipe.learning_rate, total_steps=recipe.steps, pct_start=0.06
-    )
-    model.train()
     batches = _batches(splits, recipe, rng)
+    evidence_scale = nn.Parameter(torch.tensor(0.5))
+    supervised = bool(recipe.evidence_weight) and model.config.frame_choice == "learned"
+    model.train()
+    if supervised:
+        _think(model, batches, recipe, evidence_scale, rng, log)
+    sampler, others = list(model.sampler.parameters()), _others(model)
+    rate = recipe.sampler_rate if supervised else 1.0
+    optimiser, schedule = _optimiser(
+        [(others, 1.0), ([*sampler, evidence_scale], rate)], recipe, recipe.steps
+    )
     running: dict[str, float] = defaultdict(float)
     began = time.perf_counter()
     for step in range(recipe.steps):
         split, rows = next(batches)
         frames = _some_frames(split.features.seconds.shape[1], rng)
-        needed, evidence = split.needed(rows, context=True), split.needed(rows, context=False)
-        if frames is not None:
-            needed, evidence = needed[:, frames], evidence[:, frames]
-        bias, pick = _curriculum(recipe, step / recipe.steps, needed, evidence)
-        pick = min(pick or model.config.pick, model.config.pick)
+        pick = _early_pick(recipe, step / recipe.steps, model.config.pick)
         # On a CPU with bf16 instructions the matrix products take a fifth of the time.
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            output = look(model, split, rows, frames, pick=pick, seed=_seed(rng), score_bias=bias)
-            losses = _losses(
-                model, output, split, rows, needed, choice_embed, evidence_scale, recipe
-            )
+            output = look(model, split, rows, frames, pick=pick, seed=_seed(rng))
+            losses = _losses(model, output, split, rows, choice_embed, recipe)
+            if supervised:
+                losses["evidence"] = recipe.evidence_weight * _evidence_loss(
+                    output.scores, split, rows, frames, evidence_scale
+                )
         loss = sum(losses.values())
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
+        _check_finite(loss, step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        # Apart: the draw's gradient is noisy, and must not shrink everything else's.
+        nn.utils.clip_grad_norm_(sampler, 1.0)
+        nn.utils.clip_grad_norm_(others, 1.0)
         optimiser.step()
         schedule.step()
         with torch.no_grad():
@@ -258,17 +256,78 @@ def train_head(
     model.eval()
 
 
-def _curriculum(
-    recipe: HeadRecipe, progress: float, needed: Tensor, evidence: Tensor
-) -> tuple[Tensor | None, int | None]:
-    """What to add to the scores [B,N], and how many frames to choose; None: nothing, and K."""
-    bias = None
-    if recipe.evidence_weight and progress < recipe.forcing:
-        # Four standard deviations of the scores: enough to be chosen whatever the score. Evidence
-        # first: when few frames are chosen, those that show the answer must be among them.
-        bias = min(1.0, 2.0 - 2.0 * progress / recipe.forcing) * (4.0 * needed + evidence)
-    pick = next((pick for until, pick in recipe.early_picks if progress < until), None)
-    return bias, pick
+def _think(
+    model: VideoDistill,
+    batches: Iterator[tuple[Split, Tensor]],
+    recipe: HeadRecipe,
+    evidence_scale: nn.Parameter,
+    rng: np.random.Generator,
+    log: Callable[[str], None],
+) -> None:
+    """Teach the sampler alone which frames are evidence."""
+    sampler = [*model.sampler.parameters(), evidence_scale]
+    optimiser, schedule = _optimiser([(sampler, 1.0)], recipe, recipe.thinking_steps)
+    running = 0.0
+    for step in range(recipe.thinking_steps):
+        split, rows = next(batches)
+        frames = _some_frames(split.features.seconds.shape[1], rng)
+        videos = torch.unique_consecutive(split.video[rows])
+        features = split.features
+        parts = [features.frame_embed[videos].float(), features.times[videos]]
+        if frames is not None:
+            parts = [part[:, frames] for part in parts]
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            scores = model.sampler.score_frames(
+                parts[0],
+                split.text_embed[rows],
+                split.tokens[rows],
+                split.token_mask[rows],
+                parts[1],
+                None,
+            )
+            loss = _evidence_loss(scores, split, rows, frames, evidence_scale)
+        _check_finite(loss, step)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(sampler, 1.0)
+        optimiser.step()
+        schedule.step()
+        running += loss.item()
+        if (step + 1) % 100 == 0:
+            log(f"sampler step {step + 1}/{recipe.thinking_steps}  loss {running / 100:.3f}")
+            running = 0.0
+
+
+def _others(model: VideoDistill) -> list[nn.Parameter]:
+    return [*model.refiner.parameters(), *model.answering.parameters()]
+
+
+def _optimiser(
+    groups: Sequence[tuple[list[nn.Parameter], float]], recipe: HeadRecipe, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW that decays matrices, over (parameters, share of the learning rate)."""
+    settings, rates = [], []
+    for parameters, share in groups:
+        for decayed in (True, False):
+            chosen = [p for p in parameters if (p.ndim >= 2) == decayed]
+            decay = recipe.weight_decay if decayed else 0.0
+            settings.append({"params": chosen, "weight_decay": decay})
+            rates.append(share * recipe.learning_rate)
+    optimiser = torch.optim.AdamW(settings, lr=recipe.learning_rate, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, rates, total_steps=max(1, steps), pct_start=0.06
+    )
+    return optimiser, schedule
+
+
+def _early_pick(recipe: HeadRecipe, progress: float, pick: int) -> int:
+    early = next((early for until, early in recipe.early_picks if progress < until), pick)
+    return min(early, pick)
+
+
+def _check_finite(loss: Tensor, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
 
 
 def _seed(rng: np.random.Generator) -> int:
@@ -288,9 +347,7 @@ def _losses(
     output: VideoDistillOutput,
     split: Split,
     rows: Tensor,
-    needed: Tensor,
     choice_embed: Tensor,
-    evidence_scale: Tensor,
     recipe: HeadRecipe,
 ) -> dict[str, Tensor]:
     losses = {
@@ -305,14 +362,23 @@ def _losses(
         losses["choice"] = recipe.choice_weight * F.cross_entropy(
             model.config.logit_scale * cosines, truth
         )
-    if recipe.evidence_weight and model.config.frame_choice == "learned":
-        has_any = needed.any(1)
-        if has_any.any():
-            target = needed[has_any].float()
-            target = target / target.sum(1, keepdim=True)
-            log_p = (evidence_scale.exp() * output.scores[has_any]).log_softmax(-1)
-            losses["evidence"] = -recipe.evidence_weight * (target * log_p).sum(1).mean()
     return losses
+
+
+def _evidence_loss(
+    scores: Tensor, split: Split, rows: Tensor, frames: Tensor | None, scale: Tensor
+) -> Tensor:
+    """Cross-entropy of scores [B,N] with the frames that are needed; evidence counts double.
+
+    Zero where no question has any.
+    """
+    needed = split.needed(rows, context=True).float() + split.needed(rows, context=False)
+    if frames is not None:
+        needed = needed[:, frames]
+    has_any = needed.any(1)
+    target = needed[has_any] / needed[has_any].sum(1, keepdim=True)
+    log_p = (scale.exp() * scores[has_any]).log_softmax(-1)
+    return -(target * log_p).sum() / has_any.sum().clamp_min(1)
 
 
 _Result = tuple[bool, bool, list[bool], str | None]
