@@ -30,9 +30,8 @@ def model_card(record: dict[str, Any]) -> str:
         f"{name}: {count} of {frames} frames"
         for name, (count, frames) in settings["videos"].items()
     )
-    seconds = record["seconds"]
     head = record["arms"]["videodistill"]
-    minutes = (sum(seconds.values()) + head["seconds"]) / 60
+    seconds = record["seconds"] | {"head": head["seconds"]}
     encoder, arms = record["encoder"], record["arms"]
     commands = ["make default-model"]
     if len(arms) > 1:
@@ -66,10 +65,12 @@ def model_card(record: dict[str, Any]) -> str:
         "test splits have seeds of their own.",
         f"Encoder: {encoder['frames']:,} painted frames, {encoder['steps']:,} steps; area under "
         f"the ROC curve of colour-shape pairs {encoder['auc_frame_pairs']:.3f} by frame and "
-        f"{encoder['auc_patch_pairs']:.3f} by best patch. Head: {settings['head']['steps']:,} "
-        f"steps. Everything together took {minutes:.0f} minutes on 2 CPU cores ("
+        f"{encoder['auc_patch_pairs']:.3f} by best patch. Head: "
+        f"{settings['head']['thinking_steps']:,} steps of the sampler alone, then "
+        f"{settings['head']['steps']:,} of all parts.",
+        "Time on a shared machine with 2 cores: "
         + ", ".join(f"{stage} {value} s" for stage, value in seconds.items())
-        + f", head {head['seconds']} s).",
+        + ".",
         "",
         "## Accuracy",
         "",
