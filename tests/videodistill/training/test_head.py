@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,14 @@ from vd_kernels import TopKSample
 from videodistill.data.record import Question
 from videodistill.model import VideoDistill, VideoDistillConfig, VideoDistillOutput
 from videodistill.training.features import Features
-from videodistill.training.head import HeadRecipe, Split, evaluate, shuffled, train_head
+from videodistill.training.head import (
+    HeadRecipe,
+    Split,
+    _evidence_loss,
+    evaluate,
+    shuffled,
+    train_head,
+)
 
 N, S, C = 16, 4, 16
 ANSWERS = ["red", "green", "blue", "white"]
@@ -131,7 +139,7 @@ def test_same_seed_same_weights():
     def weights():
         torch.manual_seed(0)
         model = VideoDistill(config())
-        recipe = HeadRecipe(steps=5, videos_per_batch=4)
+        recipe = HeadRecipe(steps=5, thinking_steps=5, videos_per_batch=4)
         train_head(model, [needle(20, 1)], recipe, torch.ones(4, C), log=lambda line: None)
         return model.state_dict()
 
@@ -144,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops():
     model = VideoDistill(config())
     with torch.no_grad():
         model.answering.classifier.weight.fill_(torch.inf)
-    recipe = HeadRecipe(steps=2, videos_per_batch=4, bf16=False)
+    recipe = HeadRecipe(steps=2, thinking_steps=0, videos_per_batch=4, bf16=False)
     with pytest.raises(FloatingPointError, match="at step 0"):
         train_head(model, [needle(20, 1)], recipe, torch.ones(4, C), log=lambda line: None)
 
@@ -157,6 +165,23 @@ def test_needed_frames():
     rows = torch.tensor([0])
     assert split.needed(rows, context=False)[0].nonzero().flatten().tolist() == [3, 4]
     assert split.needed(rows, context=True)[0].nonzero().flatten().tolist() == [3, 4, 7]
+
+
+def test_evidence_loss_by_hand():
+    """Frames with the answer count double; the mean is over questions that need any frame."""
+    split = needle(1, 0)
+    split.questions[0] = Question("0", "0", "?", evidence=((3.0, 5.0),), context=((7.0, 8.0),))
+    split.questions[1] = Question("1", "0", "?")
+    rows, scale = torch.tensor([0, 1]), torch.tensor(0.5)
+    scores = torch.randn(2, N, generator=torch.Generator().manual_seed(0))
+    log_p = (math.exp(0.5) * scores[0]).log_softmax(-1)
+    expected = -(2 * log_p[3] + 2 * log_p[4] + log_p[7]) / 5
+    torch.testing.assert_close(_evidence_loss(scores, split, rows, None, scale), expected)
+    odd = torch.arange(1, N, 2)
+    log_p = (math.exp(0.5) * scores[0, odd]).log_softmax(-1)
+    expected = -(2 * log_p[1] + log_p[3]) / 3
+    torch.testing.assert_close(_evidence_loss(scores[:, odd], split, rows, odd, scale), expected)
+    assert _evidence_loss(scores[1:], split, rows[1:], None, scale) == 0
 
 
 class Scripted:
@@ -253,6 +278,6 @@ def test_questions_without_evidence_train_too():
     split.questions = [replace(question, evidence=()) for question in split.questions]
     torch.manual_seed(0)
     model = VideoDistill(config())
-    recipe = HeadRecipe(steps=2, videos_per_batch=4, bf16=False)
+    recipe = HeadRecipe(steps=2, thinking_steps=2, videos_per_batch=4, bf16=False)
     train_head(model, [split], recipe, torch.ones(4, C), log=lambda line: None)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
