@@ -84,6 +84,7 @@ class VideoDistill(
         times: Tensor | None = None,
         pick: int | None = None,
         seed: int | Tensor | None = None,
+        score_bias: Tensor | None = None,
     ) -> VideoDistillOutput:
         """Look at V videos to answer B questions, B/V consecutive ones about each video.
 
@@ -98,6 +99,8 @@ class VideoDistill(
                 over all N, so give it where there is padding.
             pick: K; ``config.pick`` when None.
             seed: Of the draw of frames in training; see ``vd_kernels.topk_sample``.
+            score_bias: [B,N], added to the scores when frames are chosen, e.g. to help
+                ground-truth frames into the choice early in training.
 
         Raises:
             ValueError: B is not a positive multiple of V, or K is not in 1..N.
@@ -119,8 +122,9 @@ class VideoDistill(
         else:
             scores = torch.zeros(len(text_embed), frames, device=frame_embed.device)
         pick = self.config.pick if pick is None else pick
+        wanted = scores if score_bias is None else scores + score_bias
         mask = None if frame_mask is None else frame_mask.repeat_interleave(questions, dim=0)
-        sample = self.sampler.choose(scores, pick, mask, seed)
+        sample = self.sampler.choose(wanted, pick, mask, seed)
 
         # A video's questions gather from it together, so its features are not repeated.
         together = TopKSample(

@@ -64,9 +64,7 @@ class DefaultRecipe:
         default_factory=lambda: {"train-long": 256, "test-256": 256}
     )
     clip: ClipRecipe = field(default_factory=ClipRecipe)
-    head: HeadRecipe = field(
-        default_factory=lambda: HeadRecipe(steps=2600, thinking_steps=1200, learning_rate=2e-3)
-    )
+    head: HeadRecipe = field(default_factory=lambda: HeadRecipe(steps=1700, learning_rate=2e-3))
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "width": 128,

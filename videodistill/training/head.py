@@ -31,14 +31,17 @@ class HeadRecipe:
     """Of the cross-entropy between frame scores and ground-truth frames; 0 leaves them unused."""
     choice_weight: float = 0.5
     """Of the cross-entropy on cosines with the answers' text embeddings."""
-    thinking_steps: int = 1500
+    thinking_steps: int = 1000
     """Steps in which the sampler alone learns from ground-truth frames, before all learn together.
     From the start together, the noisy gradient of the draw drowns what the sampler learns from
     those frames, and nothing else can be learnt until it finds them. None without
     ``evidence_weight``."""
     sampler_rate: float = 0.1
     """The sampler's learning rate after that, as a share of the others'."""
-    early_picks: tuple[tuple[float, int], ...] = ((0.2, 2), (0.4, 4))
+    forcing: float = 0.6
+    """Share of the steps in which ground-truth frames are chosen before all others, so that the
+    gates can learn from frames that show the answer. None without ``evidence_weight``."""
+    early_picks: tuple[tuple[float, int], ...] = ((0.53, 2), (0.68, 4))
     """(Share of the steps until which, frames to choose): few frames teach the gates faster, for
     they hold fewer objects to leave out. After that the model's own K."""
     bf16: bool = True
@@ -224,9 +227,13 @@ def train_head(
         split, rows = next(batches)
         frames = _some_frames(split.features.seconds.shape[1], rng)
         pick = _early_pick(recipe, step / recipe.steps, model.config.pick)
+        bias = None
+        if supervised and step < recipe.forcing * recipe.steps:
+            # Above any score, which has variance 1 over a video's frames.
+            bias = 5.0 * _wanted(split, rows, frames)
         # On a CPU with bf16 instructions the matrix products take a fifth of the time.
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            output = look(model, split, rows, frames, pick=pick, seed=_seed(rng))
+            output = look(model, split, rows, frames, pick=pick, seed=_seed(rng), score_bias=bias)
             losses = _losses(model, output, split, rows, choice_embed, recipe)
             if supervised:
                 losses["evidence"] = recipe.evidence_weight * _evidence_loss(
@@ -365,6 +372,12 @@ def _losses(
     return losses
 
 
+def _wanted(split: Split, rows: Tensor, frames: Tensor | None) -> Tensor:
+    """[B,N]: 2 for frames that show the answer, 1 for those that lead to them, 0 for others."""
+    wanted = split.needed(rows, context=True).float() + split.needed(rows, context=False)
+    return wanted if frames is None else wanted[:, frames]
+
+
 def _evidence_loss(
     scores: Tensor, split: Split, rows: Tensor, frames: Tensor | None, scale: Tensor
 ) -> Tensor:
@@ -372,9 +385,7 @@ def _evidence_loss(
 
     Zero where no question has any.
     """
-    needed = split.needed(rows, context=True).float() + split.needed(rows, context=False)
-    if frames is not None:
-        needed = needed[:, frames]
+    needed = _wanted(split, rows, frames)
     has_any = needed.any(1)
     target = needed[has_any] / needed[has_any].sum(1, keepdim=True)
     log_p = (scale.exp() * scores[has_any]).log_softmax(-1)

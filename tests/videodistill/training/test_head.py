@@ -104,7 +104,9 @@ def train(**settings) -> tuple[VideoDistill, torch.Tensor]:
     torch.manual_seed(0)
     model = VideoDistill(config(**settings))
     choice_embed = torch.randn(len(ANSWERS), C)
-    recipe = HeadRecipe(steps=160, videos_per_batch=16, learning_rate=3e-3, bf16=False)
+    recipe = HeadRecipe(
+        steps=160, thinking_steps=100, videos_per_batch=16, learning_rate=3e-3, bf16=False
+    )
     train_head(model, [needle(400, 1)], recipe, choice_embed, log=lambda line: None)
     return model, choice_embed
 
