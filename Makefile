@@ -40,7 +40,7 @@ lint: $(INSTALLED) ## check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-default-model: $(INSTALLED) ## train the bundled model again, under an hour on 2 cores
+default-model: $(INSTALLED) ## make the bundled model again: videos, encoder, features, head
 	$(VENV)/bin/videodistill train-default
 
 clean: ## remove what was built and cached; the packages in .venv stay
