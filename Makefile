@@ -10,8 +10,8 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 VIDEO ?= videodistill/assets/sample.mp4
 FIGURE ?= answer.png
-QUESTIONS ?= "what colour does the blue star turn?" "on which side is the blue ring when it comes in?" \
-  "what shape is the thing that makes the blue star shrink?" "how many crosses come in?"
+QUESTIONS ?= "what shape is the thing that makes the blue star shrink?" \
+  "what shape is the purple visitor?" "on which side is the blue ring when it comes in?"
 # One worker per core; each runs torch on one thread, so that they do not fight for cores.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
