@@ -78,6 +78,10 @@ class VideoDistillConfig:
         ):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive integer, not {getattr(self, name)!r}")
+        for name in ("sigma", "temperature", "logit_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
         self.patch_grid = tuple(self.patch_grid)
         if len(self.patch_grid) != 2 or not all(map(_is_count, self.patch_grid)):
             raise ValueError(f"patch_grid must be two positive integers, not {self.patch_grid!r}")

@@ -273,6 +273,9 @@ def test_other_numbers_of_frames():
         ({"sampler_blocks": "2"}, "sampler_blocks must be a positive integer, not '2'"),
         ({"patch_grid": (4,)}, "patch_grid must be two positive integers"),
         ({"patch_grid": (4, 0)}, "patch_grid must be two positive integers"),
+        ({"sigma": 0.0}, "sigma must be a positive number, not 0.0"),
+        ({"temperature": float("nan")}, "temperature must be a positive number, not nan"),
+        ({"logit_scale": "100"}, "logit_scale must be a positive number, not '100'"),
         ({"sampling": "best"}, "sampling must be one of"),
     ],
 )
