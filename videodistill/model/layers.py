@@ -29,7 +29,7 @@ class LanguageGate(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(token_dim, width)
         self.value = nn.Linear(token_dim, width) if channelwise else None
-        # Scores of size 2 rather than 1/3: gates differ from the first step on, and learn faster.
+        # Scores of size 2 rather than 1/3, so that gates differ from the first step on.
         for layer in (self.query, self.key):
             nn.init.normal_(layer.weight, std=1.5 * layer.in_features**-0.5)
         # No bias at first: a gate opens by how much the question's tokens agree with its input.

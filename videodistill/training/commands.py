@@ -17,7 +17,7 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 def train_default(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")] = _ASSETS / "default",
     work: Annotated[
-        Path, typer.Option(help="Folder for data and features, 6 GB; a killed run goes on.")
+        Path, typer.Option(help="Folder for data and features, 7 GB; a killed run goes on.")
     ] = Path("runs/default-model"),
     controls: Annotated[
         bool,

@@ -33,8 +33,7 @@ class HeadRecipe:
     """Of the cross-entropy on cosines with the answers' text embeddings."""
     thinking_steps: int = 1000
     """Steps in which the sampler alone learns from ground-truth frames, before all learn together.
-    From the start together, the noisy gradient of the draw drowns what the sampler learns from
-    those frames, and nothing else can be learnt until it finds them. None without
+    Nothing else can be learnt from the sampler's own choice until it finds them. None without
     ``evidence_weight``."""
     sampler_rate: float = 0.1
     """The sampler's learning rate after that, as a share of the others'."""
@@ -42,8 +41,8 @@ class HeadRecipe:
     """Share of the steps in which ground-truth frames are chosen before all others, so that the
     gates can learn from frames that show the answer. None without ``evidence_weight``."""
     early_picks: tuple[tuple[float, int], ...] = ((0.53, 2), (0.68, 4))
-    """(Share of the steps until which, frames to choose): few frames teach the gates faster, for
-    they hold fewer objects to leave out. After that the model's own K."""
+    """(Share of the steps until which, frames to choose): few frames hold fewer objects that the
+    gates must learn to leave out. After that the model's own K."""
     bf16: bool = True
     seed: int = 5
 
@@ -216,7 +215,8 @@ def train_head(
     model.train()
     if supervised:
         _think(model, batches, recipe, evidence_scale, rng, log)
-    sampler, others = list(model.sampler.parameters()), _others(model)
+    sampler = list(model.sampler.parameters())
+    others = [*model.refiner.parameters(), *model.answering.parameters()]
     rate = recipe.sampler_rate if supervised else 1.0
     optimiser, schedule = _optimiser(
         [(others, 1.0), ([*sampler, evidence_scale], rate)], recipe, recipe.steps
@@ -231,7 +231,7 @@ def train_head(
         if supervised and step < recipe.forcing * recipe.steps:
             # Above any score, which has variance 1 over a video's frames.
             bias = 5.0 * _wanted(split, rows, frames)
-        # On a CPU with bf16 instructions the matrix products take a fifth of the time.
+        # Matrix products are most of the work, and faster on a CPU with bf16 instructions.
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
             output = look(model, split, rows, frames, pick=pick, seed=_seed(rng), score_bias=bias)
             losses = _losses(model, output, split, rows, choice_embed, recipe)
@@ -303,10 +303,6 @@ def _think(
         if (step + 1) % 100 == 0:
             log(f"sampler step {step + 1}/{recipe.thinking_steps}  loss {running / 100:.3f}")
             running = 0.0
-
-
-def _others(model: VideoDistill) -> list[nn.Parameter]:
-    return [*model.refiner.parameters(), *model.answering.parameters()]
 
 
 def _optimiser(
