@@ -6,6 +6,10 @@ phrases, each of which is true of a frame or not: "red", "a star", "the red star
 the pooled embedding, which may have many true phrases; the other is the same on each phrase's best
 patch, so that patches, too, know what they show. Whole captions with the usual softmax loss learn
 far less in the same time, for frames of one world share most of their caption.
+
+No picture tells "before" from "after", so nothing so far would keep them apart in the text tower:
+their tokens came out nearly alike, and no head could learn from them which one was asked. A third
+loss lets the states of a question's tokens tell which word each of them is.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from videodistill.data.procedural.world import (
     sample_world,
 )
 from videodistill.training.features import map_in_processes
+from videodistill.training.precision import cpu_autocast
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,6 +66,8 @@ class ClipRecipe:
     stills_per_world: int = 5
     batch: int = 128
     phrases: int = 192
+    questions: int = 32
+    """Questions a step whose tokens must tell their words."""
     epochs: float = 2.2
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
@@ -167,8 +174,18 @@ def make_stills(recipe: ClipRecipe, workers: int) -> tuple[torch.Tensor, list[li
 # The model
 
 
-def _tokenizer(recipe: ClipRecipe) -> Any:
-    """A byte-level BPE (any script is some sequence of its tokens) over the world's language."""
+def _language(recipe: ClipRecipe) -> tuple[list[str], list[str]]:
+    """Questions about some worlds, and true phrases of them."""
+    questions, phrases = [], []
+    for number in range(2000):
+        world = sample_world((recipe.seed, 2, number), WorldConfig(frames=64))
+        questions += [asked.question for asked in ask(world)]
+        phrases += sorted(true_phrases(world.objects_at(world.events[0].start)))
+    return questions, phrases
+
+
+def _tokenizer(recipe: ClipRecipe, corpus: list[str]) -> Any:
+    """A byte-level BPE (any script is some sequence of its tokens) over a corpus."""
     from tokenizers import (
         Tokenizer,
         decoders,
@@ -180,11 +197,6 @@ def _tokenizer(recipe: ClipRecipe) -> Any:
     )
     from transformers import PreTrainedTokenizerFast
 
-    corpus = [*CONCEPTS, *ANSWERS]
-    for number in range(2000):
-        world = sample_world((recipe.seed, 2, number), WorldConfig(frames=64))
-        corpus += [asked.question for asked in ask(world)]
-        corpus += true_phrases(world.objects_at(world.events[0].start))
     start, end = "<|startoftext|>", "<|endoftext|>"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -258,6 +270,18 @@ def embed_text(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Tens
     return F.normalize(model.text_projection(text.pooler_output), dim=-1)
 
 
+def word_loss(model: nn.Module, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Cross-entropy of the text tower's last states, times the words' embeddings, with the words.
+
+    Zero where each token's state tells which token it is.
+    """
+    tokens = tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    states = model.text_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    logits = states @ model.text_model.embeddings.token_embedding.weight.T
+    return F.cross_entropy(logits[mask.bool()].float(), ids[mask.bool()])
+
+
 class _Bias(nn.Module):
     """The sigmoid losses' offsets: part of training, not of the CLIP that is saved."""
 
@@ -293,7 +317,8 @@ def train_clip(
     pixels, labels = make_stills(recipe, workers)
     log(f"painted {len(labels)} frames in {time.perf_counter() - began:.0f} s")
     held_out = min(4000, len(labels) // 10)
-    tokenizer = _tokenizer(recipe)
+    questions, phrases = _language(recipe)
+    tokenizer = _tokenizer(recipe, [*CONCEPTS, *ANSWERS, *questions, *phrases])
     model, bias = _build(recipe, tokenizer), _Bias()
     with torch.no_grad():
         model.logit_scale.fill_(float(np.log(10.0)))
@@ -320,14 +345,16 @@ def train_clip(
     for step in range(steps):
         batch = order[step * recipe.batch : (step + 1) * recipe.batch]
         texts, truth = _phrases_for([labels[i] for i in batch], recipe.phrases, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             frames, patches = embed(model, pixels[batch])
             words = embed_text(model, tokenizer, texts)
+            asked = [questions[i] for i in rng.integers(len(questions), size=recipe.questions)]
+            spelling = word_loss(model, tokenizer, asked)
         frames, patches, words = frames.float(), patches.float(), words.float()
         pooled = model.logit_scale.exp() * frames @ words.T + bias.pooled
         best = (patches @ words.T).amax(1)
         local = bias.patch_scale.exp() * best + bias.patch
-        loss = sum(
+        loss = spelling + sum(
             F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / len(batch)
             for logits in (pooled, local)
         )

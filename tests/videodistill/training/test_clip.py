@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.videodistill.tiny import tiny_clip
 from videodistill.data.procedural.world import Drawn, Thing, WorldConfig, sample_world
+from videodistill.encoders import load_encoder
 from videodistill.training import clip
 from videodistill.training.clip import CONCEPTS, ClipRecipe, make_stills, true_phrases
 
@@ -64,3 +66,23 @@ def test_area_under_the_curve_by_hand() -> None:
     # (0.9 > 0.1), (0.9 > 0.4), (0.3 > 0.1) are in order, (0.3 > 0.4) is not.
     assert clip._auc(scores, truth) == 0.75
     assert clip._auc(scores, ~truth) == 0.25
+
+
+def test_states_learn_which_word_they_are(tmp_path) -> None:
+    """Without pictures: a few steps of the loss tell "before" from "after"."""
+    encoder = load_encoder(tiny_clip(tmp_path / "clip"))
+    model, tokenizer = encoder.model.requires_grad_(True), encoder.tokenizer
+    texts = ["right before the red ring", "right after the red ring"]
+
+    def apart() -> float:
+        before, after = encoder.encode_texts(texts).tokens
+        return ((before - after).norm(dim=-1) / before.norm(dim=-1)).max().item()
+
+    optimiser = torch.optim.Adam(model.text_model.parameters(), lr=1e-2)
+    first, was_apart = clip.word_loss(model, tokenizer, texts).item(), apart()
+    for _ in range(30):
+        optimiser.zero_grad()
+        clip.word_loss(model, tokenizer, texts).backward()
+        optimiser.step()
+    assert clip.word_loss(model, tokenizer, texts).item() < 0.1 * first
+    assert apart() > 1 > was_apart
