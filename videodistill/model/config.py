@@ -87,6 +87,8 @@ class VideoDistillConfig:
             raise ValueError(f"patch_grid must be two positive integers, not {self.patch_grid!r}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} over heads {self.heads} is odd: make it even")
         if any(side % self.merge for side in self.patch_grid):
             raise ValueError(f"merge {self.merge} does not divide patch_grid {self.patch_grid}")
         allowed = {

@@ -48,6 +48,29 @@ class LanguageGate(nn.Module):
         return language_gate(query, key, gate_value=value, key_mask=token_mask, bias=self.bias)
 
 
+class FrameGate(nn.Module):
+    """How much each chosen frame counts: gates in (0, 1) from the scores it was chosen by.
+
+    K frames are chosen whether or not the question needs so many; what only fills up has scores
+    near the video's mean and is kept out of what the refiner pools. A hook on this module sees, and
+    can pin, everything that the question says here.
+
+    Args:
+        heads: H.
+    """
+
+    def __init__(self, heads: int):
+        super().__init__()
+        # Scores have variance 1 over a video: frames at the mean start at 0.12, at two deviations
+        # above it at 0.88.
+        self.slope = nn.Parameter(torch.full((heads,), 2.0))
+        self.bias = nn.Parameter(torch.full((heads,), -2.0))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Gates [B,K,H] of scores [B,K]."""
+        return torch.sigmoid(scores[..., None] * self.slope + self.bias)
+
+
 def feed_forward(width: int, ratio: int) -> nn.Sequential:
     """LayerNorm, then two layers with GELU between them."""
     return nn.Sequential(
@@ -58,6 +81,33 @@ def feed_forward(width: int, ratio: int) -> nn.Sequential:
     )
 
 
+def _rates(count: int) -> Tensor:
+    """Angular frequencies [count]: half a cycle to 64 cycles over the video."""
+    return 2 * math.pi * torch.logspace(-1, 6, count, base=2.0)
+
+
+class RotaryTime(nn.Module):
+    """Turns queries and keys by when their frames are (Su et al. 2021, arXiv 2104.09864).
+
+    Their products then depend on how far two frames are apart, as a fraction of the video.
+
+    Args:
+        head_dim: D, even.
+    """
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.register_buffer("rates", _rates(head_dim // 2), persistent=False)
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        """x [B,N,1,H,D] of frames at times [B,N] in [0, 1]; same shape and dtype."""
+        phase = (times[..., None] * self.rates)[:, :, None, None]
+        cos, sin = phase.cos(), phase.sin()
+        first, second = x.float().chunk(2, dim=-1)
+        turned = [first * cos - second * sin, first * sin + second * cos]
+        return torch.cat(turned, dim=-1).to(x.dtype)
+
+
 class TimeEmbedding(nn.Module):
     """When a frame is, as a fraction of the video: sines and cosines, then a linear layer.
 
@@ -66,9 +116,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 16):
         super().__init__()
-        # Half a cycle to 64 cycles over the video.
-        rates = 2 * math.pi * torch.logspace(-1, 6, frequencies, base=2.0)
-        self.register_buffer("rates", rates, persistent=False)
+        self.register_buffer("rates", _rates(frequencies), persistent=False)
         self.project = nn.Linear(2 * frequencies, width)
 
     def forward(self, times: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vd_kernels import spacetime_attention
 from videodistill.model.config import VideoDistillConfig
-from videodistill.model.layers import LanguageGate, TimeEmbedding, feed_forward
+from videodistill.model.layers import FrameGate, LanguageGate, TimeEmbedding, feed_forward
 
 
 class Refined(NamedTuple):
@@ -71,10 +71,14 @@ class VisionRefiner(nn.Module):
         merged = config.patch_dim * self.merge**2
         self.patch = nn.Sequential(nn.LayerNorm(merged), nn.Linear(merged, width))
         self.frame = nn.Linear(config.embed_dim, width)
-        self.position = nn.Parameter(torch.randn(1 + patches, width) * 0.02)
+        # As large as what the patches say: at the usual 0.02 where something is was learnt late.
+        self.position = nn.Parameter(torch.randn(1 + patches, width) * 0.5)
         self.time = TimeEmbedding(width)
         self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.refiner_blocks))
+        self.frame_gates = nn.ModuleList(
+            FrameGate(config.heads) for _ in range(config.refiner_blocks)
+        )
         self.heads = config.heads
         self.embed_scale = config.embed_dim**0.5
 
@@ -83,6 +87,7 @@ class VisionRefiner(nn.Module):
         patches: Tensor,
         e: Tensor,
         times: Tensor,
+        scores: Tensor,
         tokens: Tensor,
         token_mask: Tensor,
         slot_mask: Tensor | None,
@@ -93,6 +98,7 @@ class VisionRefiner(nn.Module):
             patches: [B,K,S,C_v].
             e: [B,K,C_a], unit embeddings of the frames.
             times: [B,K] in [0,1].
+            scores: [B,K], the sampler's scores of these frames.
             tokens: [B,M,C_t]; token_mask: bool [B,M].
             slot_mask: bool [B,K], False where a video had fewer frames than K; None when none had.
         """
@@ -100,8 +106,9 @@ class VisionRefiner(nn.Module):
         x = torch.cat([frame, self.patch(self._merge(patches))], dim=2)
         x = x + self.position + self.time(times).unsqueeze(2)
         grains = []
-        for block, norm in zip(self.blocks, self.norms, strict=True):
+        for block, norm, frame_gate in zip(self.blocks, self.norms, self.frame_gates, strict=True):
             x, gates = block(x, tokens, token_mask, slot_mask)
+            gates = gates * frame_gate(scores)[:, :, None, :, None]
             if slot_mask is not None:
                 gates = gates * slot_mask[:, :, None, None, None]
             grains += self._pool(norm(x), gates, slot_mask)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vd_kernels import TopKSample, spacetime_attention, topk_sample
 from videodistill.model.config import VideoDistillConfig
-from videodistill.model.layers import LanguageGate, TimeEmbedding, feed_forward
+from videodistill.model.layers import LanguageGate, RotaryTime, TimeEmbedding, feed_forward
 
 
 class SamplerBlock(nn.Module):
@@ -19,6 +19,7 @@ class SamplerBlock(nn.Module):
         width, self.heads = config.width, config.heads
         self.time_norm, self.gate_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.time_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.rotary = RotaryTime(width // self.heads)
         self.gate = LanguageGate(
             width, config.token_dim, config.heads, channelwise=config.gate == "channel"
         )
@@ -26,7 +27,12 @@ class SamplerBlock(nn.Module):
         self.ffn = feed_forward(width, config.ffn_ratio)
 
     def forward(
-        self, x: Tensor, tokens: Tensor, token_mask: Tensor, frame_mask: Tensor | None
+        self,
+        x: Tensor,
+        times: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        frame_mask: Tensor | None,
     ) -> Tensor:
         """Frame states [V,N,C] of videos, or [B,N,C] of questions, to states of questions [B,N,C].
 
@@ -34,11 +40,18 @@ class SamplerBlock(nn.Module):
 
         Args:
             x: Frame states.
+            times: [V,N] in [0,1].
             tokens: [B,M,C_t]; token_mask: bool [B,M].
-            frame_mask: bool, [V,N] or [B,N] as ``x``; None when all frames are real.
+            frame_mask: bool [V,N]; None when all frames are real.
         """
+        rows = len(x) // len(times)
+        times = times.repeat_interleave(rows, dim=0)
+        if frame_mask is not None:
+            frame_mask = frame_mask.repeat_interleave(rows, dim=0)
         qkv = self.qkv(self.time_norm(x)).unflatten(-1, (3, 1, self.heads, -1))
-        seen = spacetime_attention(*qkv.unbind(2), axis="time", key_mask=frame_mask)
+        query, key, value = qkv.unbind(2)
+        query, key = self.rotary(query, times), self.rotary(key, times)
+        seen = spacetime_attention(query, key, value, axis="time", key_mask=frame_mask)
         x = x + self.time_out(seen.flatten(2))
         x = x.repeat_interleave(len(tokens) // len(x), dim=0)
         normed = self.gate_norm(x)
@@ -59,7 +72,7 @@ class FrameSampler(nn.Module):
     def __init__(self, config: VideoDistillConfig):
         super().__init__()
         self.config = config
-        self.state = nn.Linear(2 * config.embed_dim, config.width)
+        self.state = nn.Linear(3 * config.embed_dim, config.width)
         self.time = TimeEmbedding(config.width)
         self.blocks = nn.ModuleList(SamplerBlock(config) for _ in range(config.sampler_blocks))
         self.norm = nn.LayerNorm(config.width)
@@ -86,20 +99,16 @@ class FrameSampler(nn.Module):
         """
         questions = len(text_embed) // len(frame_embed)
         e = F.normalize(frame_embed, dim=-1)
-        change = torch.cat([torch.zeros_like(e[:, :1]), e[:, 1:] - e[:, :-1]], dim=1)
-        # Unit vectors have elements of size C_a^-1/2; the layers like elements of size 1.
-        states = torch.cat([e, change], dim=-1) * self.config.embed_dim**0.5
-        x = self.state(states) + self.time(times)
-        per_question = None if frame_mask is None else frame_mask.repeat_interleave(questions, 0)
-        for number, block in enumerate(self.blocks):
-            x = block(x, tokens, token_mask, per_question if number else frame_mask)
+        x = self.state(_frame_states(e, frame_mask)) + self.time(times)
+        for block in self.blocks:
+            x = block(x, times, tokens, token_mask, frame_mask)
         # [V,questions,C_a] · [V,C_a,N], then one row per question.
         text = F.normalize(text_embed, dim=-1).unflatten(0, (-1, questions))
         cosine = (text @ e.transpose(1, 2)).flatten(0, 1)
-        return _standardise(
-            self.similarity * cosine.float() + self.score(self.norm(x)).squeeze(-1).float(),
-            per_question,
-        )
+        scores = self.similarity * cosine.float() + self.score(self.norm(x)).squeeze(-1).float()
+        if frame_mask is not None:
+            frame_mask = frame_mask.repeat_interleave(questions, dim=0)
+        return _standardise(scores, frame_mask)
 
     def choose(
         self, scores: Tensor, pick: int, frame_mask: Tensor | None, seed: int | Tensor | None
@@ -131,6 +140,26 @@ class FrameSampler(nn.Module):
                 seed=seed,
             )
         return topk_sample(scores, pick, method="hard", mask=frame_mask)
+
+
+def _frame_states(e: Tensor, mask: Tensor | None) -> Tensor:
+    """What a frame shows, what is new since the one before, what it has that the video has not.
+
+    Args:
+        e: [V,N,C_a], unit embeddings.
+        mask: bool [V,N], real frames first; None when all are real.
+
+    Returns:
+        [V,N,3·C_a], of elements about as large as 1: e_n, e_n − e_(n−1), e_n − mean over the video.
+    """
+    change = torch.cat([torch.zeros_like(e[:, :1]), e[:, 1:] - e[:, :-1]], dim=1)
+    if mask is None:
+        mean = e.mean(1, keepdim=True)
+    else:
+        real = mask[..., None].to(e.dtype)
+        mean = (e * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    # Unit vectors have elements of size C_a^-1/2.
+    return torch.cat([e, change, e - mean], dim=-1) * e.shape[-1] ** 0.5
 
 
 def _standardise(scores: Tensor, mask: Tensor | None) -> Tensor:

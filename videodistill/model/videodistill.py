@@ -139,6 +139,8 @@ class VideoDistill(
             gather(patches),
             e,
             gather(times),
+            # Of the chosen frames, each question's own; a gradient of the answer reaches them here.
+            topk_gather(scores, sample),
             tokens,
             token_mask,
             # Without a mask every slot is filled; attention need not look.

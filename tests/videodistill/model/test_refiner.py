@@ -8,7 +8,7 @@ import torch
 from videodistill.model import VideoDistillConfig
 from videodistill.model.refiner import VisionRefiner
 
-B, K, S, H, D = 2, 3, 4, 2, 3
+B, K, S, H, D = 2, 3, 4, 2, 4
 C = H * D
 
 

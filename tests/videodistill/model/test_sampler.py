@@ -5,10 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from videodistill.model.sampler import _standardise, _uniform_scores
+from videodistill.model.layers import RotaryTime
+from videodistill.model.sampler import _frame_states, _standardise, _uniform_scores
 
 MASK = torch.arange(9) < torch.tensor([9, 5, 2])[:, None]
 """Three videos of 9, 5 and 2 real frames."""
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_frame_states_in_loops(mask: torch.Tensor | None) -> None:
+    """A frame, its step from the one before, its distance from the mean of the real ones."""
+    e = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
+    states = _frame_states(e, mask)
+    for row, count in enumerate([9, 9, 9] if mask is None else [9, 5, 2]):
+        for n in range(count):
+            before = e[row, n - 1] if n else e[row, n]
+            mean = sum(e[row, m] for m in range(count)) / count
+            expected = 2 * torch.cat([e[row, n], e[row, n] - before, e[row, n] - mean])
+            torch.testing.assert_close(states[row, n], expected)
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
@@ -30,6 +44,21 @@ def test_equal_scores_one_frame_and_no_frame() -> None:
     one_real, none_real = torch.arange(4) < torch.tensor([1, 0])[:, None]
     result = _standardise(torch.randn(2, 4), torch.stack([one_real, none_real]))
     assert result.eq(0).all()
+
+
+def test_turned_products_depend_on_the_distance_in_time_alone() -> None:
+    rotary = RotaryTime(8)
+    q, k = torch.randn(2, 1, 1, 1, 1, 8, generator=torch.Generator().manual_seed(2))
+
+    def product(at: float, seen: float) -> float:
+        turned = rotary(q, torch.tensor([[at]])) * rotary(k, torch.tensor([[seen]]))
+        return turned.sum().item()
+
+    assert product(0.2, 0.2) == pytest.approx((q * k).sum().item(), abs=1e-5)
+    assert product(0.1, 0.4) == pytest.approx(product(0.6, 0.9), abs=1e-4)
+    assert abs(product(0.1, 0.4) - product(0.4, 0.1)) > 0.1
+    half = rotary(q.bfloat16(), torch.tensor([[0.3]]))
+    assert half.dtype == torch.bfloat16 and half.shape == q.shape
 
 
 def test_scores_stay_as_they_are_when_all_grow_alike() -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.videodistill.tiny import tiny_clip
 from videodistill.encoders import load_encoder
 from videodistill.model import VideoDistill, VideoDistillConfig
-from videodistill.model.layers import LanguageGate
+from videodistill.model.layers import FrameGate, LanguageGate
 
 N, S, M = 12, 16, 7
 
@@ -60,12 +60,17 @@ def trained(config: VideoDistillConfig, seed: int = 0) -> VideoDistill:
     return model
 
 
+def gates_of(model: VideoDistill) -> list[torch.nn.Module]:
+    """All that the question says to vision, apart from the choice of frames."""
+    return [m for m in model.modules() if isinstance(m, (LanguageGate, FrameGate))]
+
+
 class Pinned:
     """Hooks that record what each gate says, and later say the same again."""
 
     def __init__(self, model: VideoDistill):
-        self.gates = [m for m in model.modules() if isinstance(m, LanguageGate)]
-        self.said: dict[LanguageGate, torch.Tensor] = {}
+        self.gates = gates_of(model)
+        self.said: dict[torch.nn.Module, torch.Tensor] = {}
 
     def record(self, run):
         return self._with(lambda module, _, output: self.said.__setitem__(module, output), run)
@@ -87,33 +92,37 @@ def test_language_only_gates_and_chooses(gate):
     """Fixed choice, detached gates: the answer does not depend on the question at all."""
     model = trained(tiny_config(gate=gate))
     batch = inputs()
-    batch["tokens"].requires_grad_()
+    language = [batch["tokens"].requires_grad_(), batch["text_embed"].requires_grad_()]
     detach = lambda module, _, output: output.detach()  # noqa: E731
-    handles = [
-        m.register_forward_hook(detach) for m in model.modules() if isinstance(m, LanguageGate)
-    ]
+    handles = [gate.register_forward_hook(detach) for gate in gates_of(model)]
     output = model(**batch)  # inference takes the K best: the choice has no gradient
-    gradient = torch.autograd.grad(
-        output.answer_embed.sum(), batch["tokens"], allow_unused=True, retain_graph=True
+    gradients = torch.autograd.grad(
+        output.answer_embed.sum(), language, allow_unused=True, retain_graph=True
     )
-    assert gradient == (None,)
+    assert gradients == (None, None)
     for handle in handles:
         handle.remove()
-    through_gates = torch.autograd.grad(model(**batch).answer_embed.sum(), batch["tokens"])[0]
-    assert through_gates.abs().max() > 0, "the gates do not see the question: the test is empty"
+    through_gates = torch.autograd.grad(model(**batch).answer_embed.sum(), language)
+    for gradient in through_gates:
+        assert gradient.abs().max() > 0, "the gates do not see the question: the test is empty"
 
 
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 def test_pinned_gates_leave_nothing_of_the_question(gate):
-    """With every gate pinned and the choice fixed, tokens of NaN leave the answer bit-equal."""
+    """With every gate pinned and the choice fixed, another question leaves the answer bit-equal."""
     model = trained(tiny_config(gate=gate))
     batch = inputs()
+    chosen = 1e3 * torch.randn(4, N, generator=torch.Generator().manual_seed(1))
     pinned = Pinned(model)
     with torch.no_grad():
-        before = pinned.record(lambda: model(**batch))
-        other = batch | {"tokens": torch.full_like(batch["tokens"], float("nan"))}
-        after = pinned.replay(lambda: model(**other))
-        unpinned = model(**batch | {"tokens": batch["tokens"].flip(0)})
+        before = pinned.record(lambda: model(**batch, score_bias=chosen))
+        other = batch | {
+            "tokens": torch.full_like(batch["tokens"], float("nan")),
+            "text_embed": batch["text_embed"].flip(0),
+        }
+        after = pinned.replay(lambda: model(**other, score_bias=chosen))
+        unpinned = model(**batch | {"tokens": batch["tokens"].flip(0)}, score_bias=chosen)
+    assert not torch.equal(before.scores, after.scores)
     assert torch.equal(before.sample.indices, after.sample.indices)
     assert torch.equal(before.answer_embed, after.answer_embed)
     assert not torch.equal(before.answer_embed, unpinned.answer_embed), "the gates see nothing"
@@ -266,6 +275,7 @@ def test_other_numbers_of_frames():
     ("settings", "message"),
     [
         ({"heads": 5}, "width 32 is not a multiple of heads 5"),
+        ({"width": 36}, "width 36 over heads 4 is odd"),
         ({"gate": "vector"}, "gate must be one of"),
         ({"merge": 3}, r"merge 3 does not divide patch_grid \(4, 4\)"),
         ({"pick": 0}, "pick must be a positive integer"),
