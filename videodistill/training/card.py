@@ -36,6 +36,10 @@ def model_card(record: dict[str, Any]) -> str:
     commands = ["make default-model"]
     if len(arms) > 1:
         commands += ["videodistill train-default --controls   # trains what it is compared with"]
+    observing = " and ".join(
+        f"{steps:,} with {pick} frame{'s' * (pick > 1)}"
+        for steps, pick in settings["head"]["observing"]
+    )
     lines = [
         "---",
         "library_name: videodistill",
@@ -66,8 +70,8 @@ def model_card(record: dict[str, Any]) -> str:
         f"Encoder: {encoder['frames']:,} painted frames, {encoder['steps']:,} steps; area under "
         f"the ROC curve of colour-shape pairs {encoder['auc_frame_pairs']:.3f} by frame and "
         f"{encoder['auc_patch_pairs']:.3f} by best patch. Head: "
-        f"{settings['head']['thinking_steps']:,} steps of the sampler alone, then "
-        f"{settings['head']['steps']:,} of all parts.",
+        f"{settings['head']['thinking_steps']:,} steps of the sampler alone, {observing} of "
+        f"refiner and answer head on ground-truth frames, {settings['head']['steps']:,} of all.",
         "Time on a shared machine with 2 cores: "
         + ", ".join(f"{stage} {value} s" for stage, value in seconds.items())
         + ".",
@@ -112,7 +116,7 @@ def _robustness_table(results: dict[str, Any], settings: dict[str, Any]) -> list
     rows.append(["---"] + ["---:"] * 6)
     for name, report in results.items():
         split = name.partition(",")[0]
-        if split not in settings["videos"]:
+        if split not in settings["videos"] or not split.startswith("test"):
             continue
         candidates = settings["candidates"].get(split, settings["model"]["frames"])
         pick = 4 if name.endswith("K=4") else settings["model"]["pick"]

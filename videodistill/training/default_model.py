@@ -46,14 +46,15 @@ from videodistill.training.head import (
 class DefaultRecipe:
     """What the bundled model is made of."""
 
-    seed: int = 1
+    seed: int = 2
     """Of the videos."""
     videos: dict[str, tuple[int, int]] = field(
         default_factory=lambda: {
-            # split: (videos, frames of each)
-            "train": (4000, 64),
-            "train-more": (4000, 64),
-            "train-long": (600, 256),
+            # split: (videos, frames of each). Settings are chosen on "val", never on "test".
+            "train": (6000, 64),
+            "train-long": (500, 256),
+            "val": (250, 64),
+            "val-256": (100, 256),
             "test": (250, 64),
             "test-256": (200, 256),
             "test-1024": (100, 1024),
@@ -61,14 +62,14 @@ class DefaultRecipe:
     )
     candidates: dict[str, int] = field(
         # Frames that features are made of; 64 where nothing is said, as in the model's settings.
-        default_factory=lambda: {"train-long": 256, "test-256": 256}
+        default_factory=lambda: {"train-long": 256, "val-256": 256, "test-256": 256}
     )
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     head: HeadRecipe = field(default_factory=lambda: HeadRecipe(steps=1700, learning_rate=2e-3))
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "width": 128,
-            "heads": 4,
+            "heads": 8,
             "sampler_blocks": 2,
             "refiner_blocks": 3,
             "merge": 2,
@@ -281,7 +282,7 @@ def _measure(
 ) -> dict[str, Any]:
     results = {}
     for name in recipe.videos:
-        if not name.startswith("test"):
+        if name.startswith("train"):
             continue
         split = _split(recipe, work, name, 1)
         results[name] = evaluate(model, split, choice_embed)

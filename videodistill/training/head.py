@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -17,13 +18,22 @@ from videodistill.data.record import Question
 from videodistill.encoders import ImageTextEncoder
 from videodistill.model import VideoDistill, VideoDistillOutput
 from videodistill.training.features import Features
+from videodistill.training.precision import cpu_autocast
 
 
 @dataclass(frozen=True)
 class HeadRecipe:
     """Schedule and losses of a head."""
 
-    steps: int = 3000
+    thinking_steps: int = 1000
+    """Steps in which the sampler alone learns from ground-truth frames. None without
+    ``evidence_weight``, as none of the phases then knows them."""
+    observing: tuple[tuple[int, int], ...] = ((1500, 1), (500, 3))
+    """(Steps, frames to choose) of the phases in which refiner and answer head learn, with
+    ground-truth frames chosen before all others and the sampler at rest. Few frames hold fewer
+    objects that the gates must learn to leave out, and take less time."""
+    steps: int = 1500
+    """Steps in which all parts learn together on the frames that the sampler draws."""
     videos_per_batch: int = 10
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -31,19 +41,10 @@ class HeadRecipe:
     """Of the cross-entropy between frame scores and ground-truth frames; 0 leaves them unused."""
     choice_weight: float = 0.5
     """Of the cross-entropy on cosines with the answers' text embeddings."""
-    thinking_steps: int = 1000
-    """Steps in which the sampler alone learns from ground-truth frames, before all learn together.
-    Nothing else can be learnt from the sampler's own choice until it finds them. None without
-    ``evidence_weight``."""
     sampler_rate: float = 0.1
-    """The sampler's learning rate after that, as a share of the others'."""
-    forcing: float = 0.6
-    """Share of the steps in which ground-truth frames are chosen before all others, so that the
-    gates can learn from frames that show the answer. None without ``evidence_weight``."""
-    early_picks: tuple[tuple[float, int], ...] = ((0.53, 2), (0.68, 4))
-    """(Share of the steps until which, frames to choose): few frames hold fewer objects that the
-    gates must learn to leave out. After that the model's own K."""
-    bf16: bool = True
+    """The sampler's learning rate in the last phase, as a share of the others'."""
+    bf16: bool | None = None
+    """Matrix products in bfloat16; None: where the processor has instructions for them."""
     seed: int = 5
 
 
@@ -68,15 +69,17 @@ class Split:
     right_choice: Tensor
     """int64 [Q]."""
 
-    def needed(self, rows: Tensor, *, context: bool) -> Tensor:
-        """bool [rows,N]: frames that show the answer; with ``context`` also what leads to them."""
-        seconds = self.features.seconds[self.video[rows]]
-        wanted = torch.zeros_like(seconds, dtype=torch.bool)
-        for row, question in enumerate(rows.tolist()):
-            asked = self.questions[question]
-            for start, end in asked.evidence + (asked.context if context else ()):
-                wanted[row] |= (seconds[row] >= start - 1e-3) & (seconds[row] < end - 1e-3)
-        return wanted
+    @cached_property
+    def needed(self) -> Tensor:
+        """uint8 [Q,N]: 4 for frames that show the answer, 1 for those that lead to them, else 0."""
+        seconds = self.features.seconds.numpy()
+        needed = np.zeros((len(self.questions), seconds.shape[1]), np.uint8)
+        for row, asked in enumerate(self.questions):
+            shown = seconds[self.video[row]]
+            for weight, stretches in ((1, asked.context), (4, asked.evidence)):
+                for start, end in stretches:
+                    needed[row, (shown >= start - 1e-3) & (shown < end - 1e-3)] = weight
+        return torch.from_numpy(needed)
 
     def by_video(self) -> list[Tensor]:
         """Rows of the questions of each video."""
@@ -149,12 +152,7 @@ def look(
         frames: int64 [n]: the candidates to offer; all of them when None.
         **settings: Passed to the model.
     """
-    videos = torch.unique_consecutive(split.video[rows])
-    features = split.features
-    parts = [features.frame_embed[videos], features.patches[videos], features.times[videos]]
-    if frames is not None:
-        parts = [part[:, frames] for part in parts]
-    frame_embed, patches, times = parts
+    frame_embed, patches, times = _candidates(split, rows, frames)
     return model(
         frame_embed.float(),
         patches.float(),
@@ -164,6 +162,14 @@ def look(
         times=times,
         **settings,
     )
+
+
+def _candidates(split: Split, rows: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and times of the videos that questions ``rows`` are about, one after the other."""
+    videos = torch.unique_consecutive(split.video[rows])
+    features = split.features
+    parts = (features.frame_embed[videos], features.patches[videos], features.times[videos])
+    return parts if frames is None else tuple(part[:, frames] for part in parts)
 
 
 def _batches(
@@ -186,6 +192,21 @@ def _batches(
         yield splits[which], torch.cat(rows)
 
 
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A stretch of training with a learning-rate schedule of its own."""
+
+    name: str
+    steps: int
+    learning: Sequence[tuple[list[nn.Parameter], float]]
+    """(Parameters, share of the learning rate); those named nowhere are at rest."""
+    losses: Callable[[Split, Tensor, Tensor | None], tuple[Losses, Tensor | None]]
+    """Of (split, questions, candidate frames): losses and, if it answers, which are right."""
+
+
 def train_head(
     model: VideoDistill,
     splits: Sequence[Split],
@@ -194,7 +215,7 @@ def train_head(
     *,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Train in place.
+    """Train in place: the sampler alone, refiner and answer head alone, then all together.
 
     Args:
         model: Fresh, with a vocabulary.
@@ -209,100 +230,99 @@ def train_head(
     """
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    batches = _batches(splits, recipe, rng)
-    evidence_scale = nn.Parameter(torch.tensor(0.5))
     supervised = bool(recipe.evidence_weight) and model.config.frame_choice == "learned"
-    model.train()
-    if supervised:
-        _think(model, batches, recipe, evidence_scale, rng, log)
-    sampler = list(model.sampler.parameters())
+    evidence_scale = nn.Parameter(torch.tensor(0.5))
+    sampler = [*model.sampler.parameters(), evidence_scale]
     others = [*model.refiner.parameters(), *model.answering.parameters()]
+
+    def evidence(scores: Tensor, split: Split, rows: Tensor, frames: Tensor | None) -> Losses:
+        return {"evidence": _evidence_loss(scores, split, rows, frames, evidence_scale)}
+
+    def think(split: Split, rows: Tensor, frames: Tensor | None) -> tuple[Losses, None]:
+        frame_embed, _, times = _candidates(split, rows, frames)
+        texts = (split.text_embed[rows], split.tokens[rows], split.token_mask[rows])
+        scores = model.sampler.score_frames(frame_embed.float(), *texts, times, None)
+        return evidence(scores, split, rows, frames), None
+
+    def answer(
+        split: Split, rows: Tensor, frames: Tensor | None, pick: int, told: bool
+    ) -> tuple[Losses, Tensor]:
+        # Above any score, which has variance 1 over a video's frames.
+        bias = 10.0 * _needed(split, rows, frames) if told else None
+        output = look(model, split, rows, frames, pick=pick, seed=_seed(rng), score_bias=bias)
+        losses = _answer_losses(model, output, split, rows, choice_embed, recipe)
+        if supervised and not told:
+            (loss,) = evidence(output.scores, split, rows, frames).values()
+            losses["evidence"] = recipe.evidence_weight * loss
+        guesses = model.vocabulary_logits(output.answer_embed).argmax(-1)
+        return losses, guesses == split.answer[rows]
+
+    phases = []
+    if supervised:
+        phases.append(_Phase("thinking", recipe.thinking_steps, [(sampler, 1.0)], think))
+    for steps, pick in recipe.observing:
+        pick = min(pick, model.config.pick)
+        observe = partial(answer, pick=pick, told=supervised)
+        learning = [(others, 1.0)] if supervised else [(others, 1.0), (sampler, 1.0)]
+        phases.append(_Phase(f"observing {pick} frames", steps, learning, observe))
+    together = partial(answer, pick=model.config.pick, told=False)
     rate = recipe.sampler_rate if supervised else 1.0
-    optimiser, schedule = _optimiser(
-        [(others, 1.0), ([*sampler, evidence_scale], rate)], recipe, recipe.steps
-    )
-    running: dict[str, float] = defaultdict(float)
-    began = time.perf_counter()
-    for step in range(recipe.steps):
-        split, rows = next(batches)
-        frames = _some_frames(split.features.seconds.shape[1], rng)
-        pick = _early_pick(recipe, step / recipe.steps, model.config.pick)
-        bias = None
-        if supervised and step < recipe.forcing * recipe.steps:
-            # Above any score, which has variance 1 over a video's frames.
-            bias = 5.0 * _wanted(split, rows, frames)
-        # Matrix products are most of the work, and faster on a CPU with bf16 instructions.
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            output = look(model, split, rows, frames, pick=pick, seed=_seed(rng), score_bias=bias)
-            losses = _losses(model, output, split, rows, choice_embed, recipe)
-            if supervised:
-                losses["evidence"] = recipe.evidence_weight * _evidence_loss(
-                    output.scores, split, rows, frames, evidence_scale
-                )
-        loss = sum(losses.values())
-        _check_finite(loss, step)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        # Apart: the draw's gradient is noisy, and must not shrink everything else's.
-        nn.utils.clip_grad_norm_(sampler, 1.0)
-        nn.utils.clip_grad_norm_(others, 1.0)
-        optimiser.step()
-        schedule.step()
-        with torch.no_grad():
-            guesses = model.vocabulary_logits(output.answer_embed).argmax(-1)
-            running["right"] += (guesses == split.answer[rows]).float().mean().item()
-            running["loss"] += loss.item()
-        if (step + 1) % 100 == 0:
-            spent = time.perf_counter() - began
-            left = spent / (step + 1) * (recipe.steps - step - 1)
-            log(
-                f"head step {step + 1}/{recipe.steps}  loss {running['loss'] / 100:.3f}  "
-                f"right {running['right']:.1f}%  {spent:.0f} s, {left:.0f} s to go at this rate"
-            )
-            running.clear()
-    model.eval()
+    learning = [(others, 1.0), (sampler, rate)]
+    phases.append(_Phase("answering", recipe.steps, learning, together))
+
+    model.train()
+    batches = _batches(splits, recipe, rng)
+    for phase in phases:
+        _train_phase(phase, [*sampler, *others], batches, recipe, rng, log)
+    model.requires_grad_(True).eval()
 
 
-def _think(
-    model: VideoDistill,
+def _train_phase(
+    phase: _Phase,
+    parameters: Sequence[nn.Parameter],
     batches: Iterator[tuple[Split, Tensor]],
     recipe: HeadRecipe,
-    evidence_scale: nn.Parameter,
     rng: np.random.Generator,
     log: Callable[[str], None],
 ) -> None:
-    """Teach the sampler alone which frames are evidence."""
-    sampler = [*model.sampler.parameters(), evidence_scale]
-    optimiser, schedule = _optimiser([(sampler, 1.0)], recipe, recipe.thinking_steps)
-    running = 0.0
-    for step in range(recipe.thinking_steps):
+    """Train those of ``parameters`` that learn in this phase."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for learning, _ in phase.learning:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+    optimiser, schedule = _optimiser(phase.learning, recipe, phase.steps)
+    running: dict[str, float] = defaultdict(float)
+    began, every = time.perf_counter(), 100
+    for step in range(phase.steps):
         split, rows = next(batches)
         frames = _some_frames(split.features.seconds.shape[1], rng)
-        videos = torch.unique_consecutive(split.video[rows])
-        features = split.features
-        parts = [features.frame_embed[videos].float(), features.times[videos]]
-        if frames is not None:
-            parts = [part[:, frames] for part in parts]
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-            scores = model.sampler.score_frames(
-                parts[0],
-                split.text_embed[rows],
-                split.tokens[rows],
-                split.token_mask[rows],
-                parts[1],
-                None,
+        with cpu_autocast(recipe.bf16):
+            losses, right = phase.losses(split, rows, frames)
+        loss = sum(losses.values())
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {step} of phase {phase.name!r}"
             )
-            loss = _evidence_loss(scores, split, rows, frames, evidence_scale)
-        _check_finite(loss, step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(sampler, 1.0)
+        for learning, _ in phase.learning:
+            # Apart: the draw's gradient is noisy, and must not shrink everything else's.
+            nn.utils.clip_grad_norm_(learning, 1.0)
         optimiser.step()
         schedule.step()
-        running += loss.item()
-        if (step + 1) % 100 == 0:
-            log(f"sampler step {step + 1}/{recipe.thinking_steps}  loss {running / 100:.3f}")
-            running = 0.0
+        running["loss"] += loss.item() / every
+        if right is not None:
+            running["right"] += 100 * right.float().mean().item() / every
+        if (step + 1) % every == 0:
+            spent = time.perf_counter() - began
+            left = spent / (step + 1) * (phase.steps - step - 1)
+            means = "  ".join(f"{name} {value:.3g}" for name, value in running.items())
+            log(
+                f"{phase.name}, step {step + 1}/{phase.steps}  {means}  "
+                f"{spent:.0f} s, {left:.0f} s to go at this rate"
+            )
+            running.clear()
 
 
 def _optimiser(
@@ -323,16 +343,6 @@ def _optimiser(
     return optimiser, schedule
 
 
-def _early_pick(recipe: HeadRecipe, progress: float, pick: int) -> int:
-    early = next((early for until, early in recipe.early_picks if progress < until), pick)
-    return min(early, pick)
-
-
-def _check_finite(loss: Tensor, step: int) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
-
-
 def _seed(rng: np.random.Generator) -> int:
     return int(rng.integers(2**62))
 
@@ -345,14 +355,14 @@ def _some_frames(count: int, rng: np.random.Generator) -> Tensor | None:
     return torch.arange(int(rng.integers(stride)), count, stride)
 
 
-def _losses(
+def _answer_losses(
     model: VideoDistill,
     output: VideoDistillOutput,
     split: Split,
     rows: Tensor,
     choice_embed: Tensor,
     recipe: HeadRecipe,
-) -> dict[str, Tensor]:
+) -> Losses:
     losses = {
         "answer": F.cross_entropy(
             model.vocabulary_logits(output.answer_embed), split.answer[rows], ignore_index=-1
@@ -368,20 +378,20 @@ def _losses(
     return losses
 
 
-def _wanted(split: Split, rows: Tensor, frames: Tensor | None) -> Tensor:
-    """[B,N]: 2 for frames that show the answer, 1 for those that lead to them, 0 for others."""
-    wanted = split.needed(rows, context=True).float() + split.needed(rows, context=False)
-    return wanted if frames is None else wanted[:, frames]
+def _needed(split: Split, rows: Tensor, frames: Tensor | None) -> Tensor:
+    """``split.needed`` of some questions and candidates, as floats."""
+    needed = split.needed[rows]
+    return (needed if frames is None else needed[:, frames]).float()
 
 
 def _evidence_loss(
     scores: Tensor, split: Split, rows: Tensor, frames: Tensor | None, scale: Tensor
 ) -> Tensor:
-    """Cross-entropy of scores [B,N] with the frames that are needed; evidence counts double.
+    """Cross-entropy of scores [B,N] with the frames that are needed, as much as they are.
 
     Zero where no question has any.
     """
-    needed = _wanted(split, rows, frames)
+    needed = _needed(split, rows, frames)
     has_any = needed.any(1)
     target = needed[has_any] / needed[has_any].sum(1, keepdim=True)
     log_p = (scale.exp() * scores[has_any]).log_softmax(-1)

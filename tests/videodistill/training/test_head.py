@@ -105,7 +105,12 @@ def train(**settings) -> tuple[VideoDistill, torch.Tensor]:
     model = VideoDistill(config(**settings))
     choice_embed = torch.randn(len(ANSWERS), C)
     recipe = HeadRecipe(
-        steps=160, thinking_steps=100, videos_per_batch=16, learning_rate=3e-3, bf16=False
+        thinking_steps=100,
+        observing=((60, 1),),
+        steps=100,
+        videos_per_batch=16,
+        learning_rate=3e-3,
+        bf16=False,
     )
     train_head(model, [needle(400, 1)], recipe, choice_embed, log=lambda line: None)
     return model, choice_embed
@@ -141,7 +146,7 @@ def test_same_seed_same_weights():
     def weights():
         torch.manual_seed(0)
         model = VideoDistill(config())
-        recipe = HeadRecipe(steps=5, thinking_steps=5, videos_per_batch=4)
+        recipe = HeadRecipe(thinking_steps=5, observing=((5, 1),), steps=5, videos_per_batch=4)
         train_head(model, [needle(20, 1)], recipe, torch.ones(4, C), log=lambda line: None)
         return model.state_dict()
 
@@ -154,8 +159,8 @@ def test_a_loss_that_is_not_finite_stops():
     model = VideoDistill(config())
     with torch.no_grad():
         model.answering.classifier.weight.fill_(torch.inf)
-    recipe = HeadRecipe(steps=2, thinking_steps=0, videos_per_batch=4, bf16=False)
-    with pytest.raises(FloatingPointError, match="at step 0"):
+    recipe = HeadRecipe(thinking_steps=0, observing=(), steps=2, videos_per_batch=4)
+    with pytest.raises(FloatingPointError, match="at step 0 of phase 'answering'"):
         train_head(model, [needle(20, 1)], recipe, torch.ones(4, C), log=lambda line: None)
 
 
@@ -164,24 +169,24 @@ def test_needed_frames():
     split = needle(1, 0)
     asked = Question("0", "0", "?", evidence=((3.0, 5.0),), context=((7.0, 8.0),))
     split.questions[0] = asked
-    rows = torch.tensor([0])
-    assert split.needed(rows, context=False)[0].nonzero().flatten().tolist() == [3, 4]
-    assert split.needed(rows, context=True)[0].nonzero().flatten().tolist() == [3, 4, 7]
+    expected = torch.zeros(N, dtype=torch.uint8)
+    expected[3:5], expected[7] = 4, 1
+    assert torch.equal(split.needed[0], expected)
 
 
 def test_evidence_loss_by_hand():
-    """Frames with the answer count double; the mean is over questions that need any frame."""
+    """Frames with the answer count four times; the mean is over questions that need any frame."""
     split = needle(1, 0)
     split.questions[0] = Question("0", "0", "?", evidence=((3.0, 5.0),), context=((7.0, 8.0),))
     split.questions[1] = Question("1", "0", "?")
     rows, scale = torch.tensor([0, 1]), torch.tensor(0.5)
     scores = torch.randn(2, N, generator=torch.Generator().manual_seed(0))
     log_p = (math.exp(0.5) * scores[0]).log_softmax(-1)
-    expected = -(2 * log_p[3] + 2 * log_p[4] + log_p[7]) / 5
+    expected = -(4 * log_p[3] + 4 * log_p[4] + log_p[7]) / 9
     torch.testing.assert_close(_evidence_loss(scores, split, rows, None, scale), expected)
     odd = torch.arange(1, N, 2)
     log_p = (math.exp(0.5) * scores[0, odd]).log_softmax(-1)
-    expected = -(2 * log_p[1] + log_p[3]) / 3
+    expected = -(4 * log_p[1] + log_p[3]) / 5
     torch.testing.assert_close(_evidence_loss(scores[:, odd], split, rows, odd, scale), expected)
     assert _evidence_loss(scores[1:], split, rows[1:], None, scale) == 0
 
@@ -280,6 +285,6 @@ def test_questions_without_evidence_train_too():
     split.questions = [replace(question, evidence=()) for question in split.questions]
     torch.manual_seed(0)
     model = VideoDistill(config())
-    recipe = HeadRecipe(steps=2, thinking_steps=2, videos_per_batch=4, bf16=False)
+    recipe = HeadRecipe(thinking_steps=2, observing=((2, 1),), steps=2, videos_per_batch=4)
     train_head(model, [split], recipe, torch.ones(4, C), log=lambda line: None)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
