@@ -6,7 +6,6 @@ import doctest
 import importlib
 import itertools
 import math
-import statistics
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vd_kernels import TopKSample, topk_gather, topk_sample
-from vd_kernels.topk_sampling.noise import gumbel_noise, normal_noise, philox
 
 METHODS = ("hard", "perturbed", "gumbel", "lapsum")
 CPU = torch.device("cpu")
@@ -410,68 +408,7 @@ def test_half_precision_scores_are_worked_on_in_float32(method: str) -> None:
         assert torch.equal(result, gradient(expected, grad, full).bfloat16())
 
 
-# Noise
-
-
-def philox_in_python(counter: list[int], key: list[int]) -> list[int]:
-    for _ in range(10):
-        high, low = divmod(0xD2511F53 * counter[0], 2**32)
-        high2, low2 = divmod(0xCD9E8D57 * counter[2], 2**32)
-        counter = [high2 ^ counter[1] ^ key[0], low2, high ^ counter[3] ^ key[1], low]
-        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    return counter
-
-
-ONES = 0xFFFFFFFF
-KNOWN_ANSWERS = [  # Random123, kat_vectors
-    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([ONES] * 4, [ONES] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
-
-
-@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
-def test_philox_gives_the_known_answers(
-    counter: list[int], key: list[int], words: list[int]
-) -> None:
-    assert [int(w) for w in philox(tuple(map(torch.tensor, counter)), tuple(key))] == words
-    assert philox_in_python(counter, key) == words
-
-
-@pytest.mark.parametrize("seed", [0, 3, -1, 2**63 - 1, -(2**63)])
-@pytest.mark.parametrize("row_offset", [0, 5, 2**32 - 1])
-def test_noise_is_a_function_of_seed_row_sample_and_frame(seed: int, row_offset: int) -> None:
-    rows, samples, frames = 2, 3, 6
-    normals = normal_noise(rows, samples, frames, seed, row_offset, CPU)
-    gumbels = gumbel_noise(rows, samples, frames, seed, row_offset, CPU)
-    key = [seed % 2**32, (seed >> 32) % 2**32]
-    for r, i, t in itertools.product(range(rows), range(samples), range(frames)):
-        row = row_offset + r
-        word = philox_in_python([t // 4, i, row % 2**32, row >> 32], key)[t % 4]
-        uniform = (word + 0.5) / 2**32
-        expected = statistics.NormalDist().inv_cdf(uniform)
-        assert normals[r, i, t].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-        expected = -math.log(-math.log(uniform))
-        assert gumbels[r, i, t].item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-def test_noise_has_its_distribution() -> None:
-    normals = normal_noise(10, 100, 1000, 1, 0, CPU).double().flatten()
-    assert abs(normals.mean()) < 4e-3  # four standard errors, as in the next two lines
-    assert abs(normals.var() - 1) < 6e-3
-    assert abs(normals.pow(4).mean() - 3) < 0.04
-    assert 4.2 < normals.abs().max() < 6
-    rank = (torch.arange(10**6) + 0.5) / 10**6
-    assert (torch.special.ndtr(normals.sort().values) - rank).abs().max() < 2e-3
-    gumbels = gumbel_noise(10, 100, 1000, 1, 0, CPU).double().flatten()
-    assert ((-(-gumbels.sort().values).exp()).exp() - rank).abs().max() < 2e-3
-    frames = normals.view(-1, 1000)[:, :8]
-    correlation = torch.corrcoef(frames.T) - torch.eye(8)
-    assert correlation.abs().max() < 0.16  # five standard errors of 1,000 pairs
+# Seeds
 
 
 @pytest.mark.parametrize("method", ["perturbed", "gumbel"])

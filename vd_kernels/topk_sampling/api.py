@@ -94,9 +94,9 @@ def topk_sample(
         the unperturbed choice otherwise.
 
     The noise is Philox-4x32-10, key the two halves of `seed`, counter (frame div 4, sample, row
-    low, row high), word w serving frame 4 (frame div 4) + w. Same seed and row, same noise,
-    whatever the batch split; across machines and torch versions the words are the same and the
-    normals made from them agree up to rounding.
+    low, row high), word w serving frame 4 (frame div 4) + w; docs/noise.md specifies how words
+    become normals and Gumbels. Same seed and row, same bits, whatever the batch split, machine or
+    backend.
 
     Raises:
         TypeError: a dtype or type that is not allowed.
