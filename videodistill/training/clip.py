@@ -62,13 +62,13 @@ class ClipRecipe:
     vocabulary: int = 512
     render_size: int = 96
     """Side in pixels at which frames are painted before they are scaled down."""
-    worlds: int = 40_000
+    worlds: int = 33_000
     stills_per_world: int = 5
     batch: int = 128
     phrases: int = 192
     questions: int = 32
     """Questions a step whose tokens must tell their words."""
-    epochs: float = 2.2
+    epochs: float = 2.0
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     seed: int = 11

@@ -65,7 +65,11 @@ class DefaultRecipe:
         default_factory=lambda: {"train-long": 256, "val-256": 256, "test-256": 256}
     )
     clip: ClipRecipe = field(default_factory=ClipRecipe)
-    head: HeadRecipe = field(default_factory=lambda: HeadRecipe(steps=1700, learning_rate=2e-3))
+    head: HeadRecipe = field(
+        default_factory=lambda: HeadRecipe(
+            thinking_steps=1200, observing=((900, 1), (150, 3)), steps=300, learning_rate=2e-3
+        )
+    )
     model: dict[str, Any] = field(
         default_factory=lambda: {
             "width": 128,

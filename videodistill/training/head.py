@@ -41,6 +41,9 @@ class HeadRecipe:
     """Of the cross-entropy between frame scores and ground-truth frames; 0 leaves them unused."""
     choice_weight: float = 0.5
     """Of the cross-entropy on cosines with the answers' text embeddings."""
+    later_rate: float = 0.5
+    """Share of the learning rate in the phases after the first of ``observing``: they begin with
+    what has been learnt."""
     sampler_rate: float = 0.1
     """The sampler's learning rate in the last phase, as a share of the others'."""
     bf16: bool | None = None
@@ -152,24 +155,22 @@ def look(
         frames: int64 [n]: the candidates to offer; all of them when None.
         **settings: Passed to the model.
     """
-    frame_embed, patches, times = _candidates(split, rows, frames)
+    features = split.features
     return model(
-        frame_embed.float(),
-        patches.float(),
+        _of_videos(features.frame_embed, split, rows, frames).float(),
+        _of_videos(features.patches, split, rows, frames).float(),
         split.text_embed[rows],
         split.tokens[rows],
         split.token_mask[rows],
-        times=times,
+        times=_of_videos(features.times, split, rows, frames),
         **settings,
     )
 
 
-def _candidates(split: Split, rows: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Features and times of the videos that questions ``rows`` are about, one after the other."""
-    videos = torch.unique_consecutive(split.video[rows])
-    features = split.features
-    parts = (features.frame_embed[videos], features.patches[videos], features.times[videos])
-    return parts if frames is None else tuple(part[:, frames] for part in parts)
+def _of_videos(values: Tensor, split: Split, rows: Tensor, frames: Tensor | None) -> Tensor:
+    """Of values [V,N,...] those of the videos that questions ``rows`` are about, in their order."""
+    chosen = values[torch.unique_consecutive(split.video[rows])]
+    return chosen if frames is None else chosen[:, frames]
 
 
 def _batches(
@@ -239,9 +240,14 @@ def train_head(
         return {"evidence": _evidence_loss(scores, split, rows, frames, evidence_scale)}
 
     def think(split: Split, rows: Tensor, frames: Tensor | None) -> tuple[Losses, None]:
-        frame_embed, _, times = _candidates(split, rows, frames)
-        texts = (split.text_embed[rows], split.tokens[rows], split.token_mask[rows])
-        scores = model.sampler.score_frames(frame_embed.float(), *texts, times, None)
+        scores = model.sampler.score_frames(
+            _of_videos(split.features.frame_embed, split, rows, frames).float(),
+            split.text_embed[rows],
+            split.tokens[rows],
+            split.token_mask[rows],
+            _of_videos(split.features.times, split, rows, frames),
+            None,
+        )
         return evidence(scores, split, rows, frames), None
 
     def answer(
@@ -260,14 +266,15 @@ def train_head(
     phases = []
     if supervised:
         phases.append(_Phase("thinking", recipe.thinking_steps, [(sampler, 1.0)], think))
+    rate, sampler_rate = 1.0, recipe.sampler_rate if supervised else 1.0
     for steps, pick in recipe.observing:
         pick = min(pick, model.config.pick)
         observe = partial(answer, pick=pick, told=supervised)
-        learning = [(others, 1.0)] if supervised else [(others, 1.0), (sampler, 1.0)]
+        learning = [(others, rate)] if supervised else [(others, rate), (sampler, rate)]
         phases.append(_Phase(f"observing {pick} frames", steps, learning, observe))
+        rate = recipe.later_rate
     together = partial(answer, pick=model.config.pick, told=False)
-    rate = recipe.sampler_rate if supervised else 1.0
-    learning = [(others, 1.0), (sampler, rate)]
+    learning = [(others, rate), (sampler, sampler_rate)]
     phases.append(_Phase("answering", recipe.steps, learning, together))
 
     model.train()
