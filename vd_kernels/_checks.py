@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -82,9 +83,20 @@ def check_number(name: str, given: object, *, minimum: float | None, exclusive: 
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(given).__name__}")
     too_small = minimum is not None and (given <= minimum if exclusive else given < minimum)
-    if too_small or not math.isfinite(given):
+    if too_small or not -math.inf < given < math.inf:
         bound = "" if minimum is None else f" {'>' if exclusive else '>='} {minimum:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {given}")
+
+
+def refuse_forward_mode(name: str, *tensors: object) -> None:
+    """NotImplementedError where a tensor carries a tangent: an operator would silently drop it."""
+    if forward_ad._current_level < 0:  # no forward-mode derivative is being taken
+        return
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd): use reverse mode"
+            )
 
 
 def may_read_values(tensor: Tensor) -> bool:

@@ -6,14 +6,16 @@ is looked up when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,69 @@ class Explanation:
     cpu_isa: tuple[str, ...]
     cpu_features: tuple[str, ...]
     cuda_devices: tuple[str, ...]
+
+
+# The user's choice, innermost last. Not a context variable: backward runs in threads of its own.
+_chosen: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let all operators of this process run on one backend, or fail and say why.
+
+    Outside of it the environment's VD_BACKEND says the same; without either, each operator takes
+    the fastest backend that it has for its inputs. Backward follows the choice that holds when it
+    runs.
+
+    Args:
+        name: "reference", "cpp", "cuda" or "triton".
+
+    Raises:
+        ValueError: There is no backend of that name.
+
+    Example:
+        >>> import torch, vd_kernels
+        >>> with vd_kernels.use_backend("reference"):
+        ...     gate = vd_kernels.language_gate(torch.ones(1, 2, 1, 4), torch.ones(1, 3, 1, 4))
+        >>> gate.shape
+        torch.Size([1, 2, 1])
+    """
+    _check_name("use_backend", name)
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def choose(operation: str, implementations: Mapping[str, Callable]) -> Callable:
+    """The implementation of an operation that is to run now.
+
+    Args:
+        operation: For the message.
+        implementations: By backend, the fastest first.
+
+    Raises:
+        RuntimeError: The user chose a backend that the operation does not have here.
+        ValueError: VD_BACKEND names no backend.
+    """
+    name = _chosen[-1] if _chosen else os.environ.get("VD_BACKEND")
+    if not name:
+        return next(iter(implementations.values()))
+    if (found := implementations.get(name)) is not None:
+        return found
+    _check_name("VD_BACKEND", name)
+    lacks = "; ".join(_INSPECT[name]()[1]) or "it has no implementation of it"
+    raise RuntimeError(
+        f"{operation} cannot run on backend {name!r}: {lacks}. Choose another with VD_BACKEND or "
+        "vd_kernels.use_backend, or leave the choice to each operator"
+    )
+
+
+def _check_name(source: str, name: str) -> None:
+    if name not in BACKENDS:
+        words = ", ".join(f'"{word}"' for word in BACKENDS)
+        raise ValueError(f"{source} must be one of {words}, got {name!r}")
 
 
 def explain(*, name_devices: bool = False) -> Explanation:

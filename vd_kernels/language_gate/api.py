@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vd_kernels._checks import (
@@ -13,8 +14,9 @@ from vd_kernels._checks import (
     check_number,
     check_same_kind,
     check_shape,
+    refuse_forward_mode,
 )
-from vd_kernels.language_gate import reference
+from vd_kernels.language_gate import op  # noqa: F401  (defines torch.ops.vd.language_gate)
 
 REDUCTIONS = ("softmax", "max", "mean")
 
@@ -79,15 +81,17 @@ def language_gate(
         >>> gated.shape, gate.shape
         (torch.Size([2, 36, 4, 32]), torch.Size([2, 36, 4]))
     """
+    refuse_forward_mode("language_gate", query, key, value, gate_value, bias)
     query, key, value, gate_value = map(autocast, (query, key, value, gate_value))
     _check(query, key, value, gate_value, key_mask, bias, scale, reduction)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    gate = reference.language_gate(query, key, gate_value, key_mask, bias, scale, reduction)
+    need_gate = return_gate or value is None
+    gated, gate = torch.ops.vd.language_gate(
+        query, key, value, gate_value, key_mask, bias, scale, reduction, need_gate
+    )
     if value is None:
-        return gate.to(query.dtype)
-    per_channel = gate if gate_value is not None else gate.unsqueeze(-1)
-    gated = (per_channel * value).to(value.dtype)
-    return (gated, gate.to(query.dtype)) if return_gate else gated
+        return gate
+    return (gated, gate) if return_gate else gated
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vd_kernels._checks import (
@@ -16,8 +17,9 @@ from vd_kernels._checks import (
     check_number,
     check_same_kind,
     check_shape,
+    refuse_forward_mode,
 )
-from vd_kernels.spacetime_attention import reference
+from vd_kernels.spacetime_attention import op  # noqa: F401  (torch.ops.vd.spacetime_attention)
 
 AXES = ("time", "space", "joint")
 
@@ -84,12 +86,18 @@ def spacetime_attention(
         >>> spacetime_attention(q, k, v, axis="time", gate=gate).shape
         torch.Size([2, 8, 36, 4, 32])
     """
+    refuse_forward_mode(
+        "spacetime_attention",
+        *(query, key, value, prefix_query, prefix_key, prefix_value, gate),
+    )
     query, key, value = map(autocast, (query, key, value))
     prefixes = tuple(map(autocast, (prefix_query, prefix_key, prefix_value)))
     _check_tokens(query, key, value, key_mask, gate, scale)
     _check_reach(query, axis, window, grid, causal)
     _check_prefixes(query, axis, *prefixes)
-    out, prefix_out = reference.spacetime_attention(
+    if axis == "time" and window is not None:
+        window = (window,)
+    out, prefix_out = torch.ops.vd.spacetime_attention(
         query,
         key,
         value,
@@ -102,7 +110,7 @@ def spacetime_attention(
         gate,
         query.shape[-1] ** -0.5 if scale is None else float(scale),
     )
-    return out if prefix_out is None else (out, prefix_out)
+    return out if prefix_query is None else (out, prefix_out)
 
 
 def _check_tokens(

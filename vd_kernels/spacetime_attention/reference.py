@@ -6,6 +6,8 @@ tokens, by permuting axes without a copy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,13 +15,13 @@ from torch import Tensor
 from vd_kernels._checks import full_precision
 
 
-def spacetime_attention(
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     axis: str,
-    window: int | tuple[int, int, int] | None,
-    grid: tuple[int, int] | None,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
     causal: bool,
     key_mask: Tensor | None,
     prefix_query: Tensor | None,
@@ -28,10 +30,104 @@ def spacetime_attention(
     gate: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """out [B,T,S,H,D] and, with prefix queries, prefix_out [B,G,P,H,D], in query's dtype."""
-    _, frames, patches, _, _ = query.shape
+    """out [B,T,S,H,D] and, with prefix queries, prefix_out [B,G,P,H,D], in query's dtype.
+
+    window is (frames,) for axis "time", (t, h, w) otherwise.
+    """
     dtype = query.dtype
     with full_precision(query):
+        seen = _Seen(
+            query, key, value, axis, window, grid, causal, key_mask, prefix_key, prefix_value
+        )
+        out = ungroup(seen.attend(seen.query, scale) @ seen.value, axis, *query.shape[1:3])
+        if gate is not None:
+            out = out * gate.to(out.dtype)
+        prefix_out = None
+        if prefix_query is not None:
+            weights = seen.attend(_prefix(prefix_query, seen.query), scale, near=False)
+            prefix_out = (weights @ seen.value).transpose(2, 3).to(dtype)
+        return out.to(dtype), prefix_out
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_prefix_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, the three prefixes and the gate; None where not needed.
+
+    Args:
+        grad_out, grad_prefix_out: of `forward`'s results; None means zero.
+        needs: which of the seven are wanted; never one that is None.
+    """
+    inputs = (query, key, value, prefix_query, prefix_key, prefix_value, gate)
+    frames, patches = query.shape[1:3]
+    with full_precision(query):
+        seen = _Seen(
+            query, key, value, axis, window, grid, causal, key_mask, prefix_key, prefix_value
+        )
+        grad_key, grad_value = torch.zeros_like(seen.key), torch.zeros_like(seen.value)
+        grads: list[Tensor | None] = [None] * 7
+        if grad_out is not None:
+            grad_out = _accumulable(grad_out)
+            weights = seen.attend(seen.query, scale)
+            if needs[6]:
+                out = ungroup(weights @ seen.value, axis, frames, patches)
+                grads[6] = (grad_out * out).sum_to_size(gate.shape)
+            if gate is not None:
+                grad_out = grad_out * gate.to(grad_out.dtype)
+            grad_query, *others = seen.gradients(group(grad_out, axis), seen.query, weights, scale)
+            grads[0] = ungroup(grad_query, axis, frames, patches)
+            grad_key, grad_value = grad_key + others[0], grad_value + others[1]
+        if grad_prefix_out is not None:
+            queries = _prefix(prefix_query, seen.query)
+            weights = seen.attend(queries, scale, near=False)
+            grad_query, *others = seen.gradients(
+                _accumulable(grad_prefix_out).transpose(2, 3), queries, weights, scale
+            )
+            grads[3] = grad_query.transpose(2, 3).sum_to_size(prefix_query.shape)
+            grad_key, grad_value = grad_key + others[0], grad_value + others[1]
+        for i, grad in ((1, grad_key), (2, grad_value)):
+            prefix, tokens = grad.split((seen.prefixes, grad.shape[3] - seen.prefixes), dim=3)
+            grads[i] = ungroup(tokens, axis, frames, patches)
+            if prefix_key is not None:
+                grads[3 + i] = prefix.transpose(2, 3).sum_to_size(inputs[3 + i].shape)
+        return tuple(
+            None if not needed else torch.zeros_like(x) if grad is None else grad.to(x.dtype)
+            for grad, x, needed in zip(grads, inputs, needs, strict=True)
+        )
+
+
+class _Seen:
+    """Queries [B,G,H,L,D], and the keys and values [B,G,H,P+L,D] that they see, prefixes first."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        axis: str,
+        window: Sequence[int] | None,
+        grid: Sequence[int] | None,
+        causal: bool,
+        key_mask: Tensor | None,
+        prefix_key: Tensor | None,
+        prefix_value: Tensor | None,
+    ):
+        frames, patches = query.shape[1:3]
         q, k, v = (group(_accumulable(x), axis) for x in (query, key, value))
         near = _neighbours(frames, patches, axis, window, grid, causal, query.device)  # [L,L]
         real = None
@@ -39,24 +135,39 @@ def spacetime_attention(
             real = _real_keys(key_mask, patches, axis)  # [B,G,1,L]
             # Padding may hold anything, NaN included: 0 * NaN must not reach a sum.
             k, v = (x.masked_fill(~real.unsqueeze(-1), 0.0) for x in (k, v))
-        prefixes = 0
+        self.prefixes = 0
         if prefix_key is not None:
-            prefixes = prefix_key.shape[2]
+            self.prefixes = prefix_key.shape[2]
             k = torch.cat([_prefix(prefix_key, k), k], dim=3)
             v = torch.cat([_prefix(prefix_value, v), v], dim=3)
             near, real = (
-                None if m is None else F.pad(m, (prefixes, 0), value=True) for m in (near, real)
+                None if m is None else F.pad(m, (self.prefixes, 0), value=True)
+                for m in (near, real)
             )
+        self.query, self.key, self.value, self.near, self.real = q, k, v, near, real
 
-        out = _attend(q, k, v, near, real, scale)
-        out = ungroup(out, axis, frames, patches)
-        if gate is not None:
-            out = out * gate.to(out.dtype)
-        prefix_out = None
-        if prefix_query is not None:
-            prefix_out = _attend(_prefix(prefix_query, q), k, v, None, real, scale)
-            prefix_out = prefix_out.transpose(2, 3).to(dtype)
-        return out.to(dtype), prefix_out
+    def attend(self, query: Tensor, scale: float, near: bool = True) -> Tensor:
+        """p = softmax(scale * q k^T) over the keys that each query may see; 0 at the others."""
+        scores = (query @ self.key.transpose(-1, -2)).mul_(scale)
+        hidden = ~self.near if near and self.near is not None else None
+        if self.real is not None:
+            absent = ~self.real.unsqueeze(-2)  # [B,G,1,1,P+L]
+            hidden = absent if hidden is None else hidden | absent
+        if hidden is None:
+            return scores.softmax(-1)
+        # The lowest finite number rather than -inf: a row that sees nothing is uniform, not NaN.
+        lowest = torch.finfo(scores.dtype).min
+        return scores.masked_fill_(hidden, lowest).softmax(-1).masked_fill(hidden, 0.0)
+
+    def gradients(
+        self, grad: Tensor, query: Tensor, weights: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values, from that of p v and from p itself."""
+        grad_value = weights.transpose(-1, -2) @ grad
+        grad_weights = grad @ self.value.transpose(-1, -2)
+        mean = (weights * grad_weights).sum(-1, keepdim=True)
+        grad_scores = scale * weights * (grad_weights - mean)
+        return grad_scores @ self.key, grad_scores.transpose(-1, -2) @ query, grad_value
 
 
 def group(x: Tensor, axis: str) -> Tensor:
@@ -77,36 +188,12 @@ def ungroup(x: Tensor, axis: str, frames: int, patches: int) -> Tensor:
     return x.squeeze(1).transpose(1, 2).unflatten(1, (frames, patches))
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, near: Tensor | None, real: Tensor | None, scale: float
-) -> Tensor:
-    """softmax(scale * q k^T) v over the keys that each query may see; 0 where it sees none."""
-    scores = (q @ k.transpose(-1, -2)).mul_(scale)  # [B,G,H,L,P+L]
-    hidden = None if near is None else ~near
-    if real is not None:
-        absent = ~real.unsqueeze(-2)  # [B,G,1,1,P+L]
-        hidden = absent if hidden is None else hidden | absent
-    if hidden is None:
-        return scores.softmax(-1) @ v
-    # Added, so that the gradient needs no mask; the lowest finite number rather than -inf, so that
-    # a row that sees nothing is uniform instead of NaN. Its keys and values are zeroed padding, so
-    # it gives 0 and sends no gradient, unless a window hides real keys from it as well.
-    lowest = torch.finfo(scores.dtype).min
-    scores += torch.zeros(hidden.shape, dtype=scores.dtype, device=q.device).masked_fill_(
-        hidden, lowest
-    )
-    weights = scores.softmax(-1)
-    if near is not None and real is not None:
-        weights = weights.masked_fill(hidden, 0.0)
-    return weights @ v
-
-
 def _neighbours(
     frames: int,
     patches: int,
     axis: str,
-    window: int | tuple[int, int, int] | None,
-    grid: tuple[int, int] | None,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
     causal: bool,
     device: torch.device,
 ) -> Tensor | None:
@@ -116,7 +203,9 @@ def _neighbours(
             return None
         t = torch.arange(frames, device=device)
         back = t[:, None] - t[None, :]
-        near = torch.ones_like(back, dtype=torch.bool) if window is None else back.abs() <= window
+        near = (
+            torch.ones_like(back, dtype=torch.bool) if window is None else back.abs() <= window[0]
+        )
         return near & (back >= 0) if causal else near
     if window is None:
         return None

@@ -17,8 +17,9 @@ from vd_kernels._checks import (
     check_number,
     check_shape,
     may_read_values,
+    refuse_forward_mode,
 )
-from vd_kernels.topk_sampling import reference
+from vd_kernels.topk_sampling import op  # noqa: F401  (defines torch.ops.vd.topk_...)
 
 METHODS = ("hard", "perturbed", "gumbel", "lapsum")
 
@@ -119,28 +120,29 @@ def topk_sample(
         >>> scores.grad.shape
         torch.Size([1, 4])
     """
+    refuse_forward_mode("topk_sample", scores)
     _check_sample(scores, k, method, mask, seed, row_offset, noise, order, gradient)
     _check_numbers(method, sigma, num_samples, temperature)
     lead, frames = scores.shape[:-1], scores.shape[-1]
     rows = _real_scores(scores, mask).reshape(math.prod(lead), frames)
 
+    ops = torch.ops.vd
     if method == "hard":
-        weights, indices = reference.hard(rows, k, order)
+        weights, indices = ops.topk_hard(rows.detach(), k, order)
     elif method == "lapsum":
-        weights, indices = reference.lapsum(rows, k, float(temperature), order)
+        weights, indices = ops.topk_lapsum(rows, k, float(temperature), order)
     else:
-        draw = reference.normal_noise if method == "perturbed" else reference.gumbel_noise
-        samples = num_samples if method == "perturbed" else 1
-        if noise is None:
-            seed = _seed(seed, scores.device)
-            noise = draw(len(rows), samples, frames, seed, row_offset, scores.device)
-        else:
-            noise = noise.detach().reshape(len(rows), noise.shape[-2], frames)
-        noise = noise.to(rows.dtype)
+        if noise is not None:
+            num_samples = noise.shape[-2]
+            noise = noise.detach().reshape(len(rows), num_samples, frames)
+        # With noise at hand any seed will do, and none may be drawn.
+        drawn = (_seed(0 if noise is not None else seed, scores.device), row_offset, noise)
         if method == "perturbed":
-            weights, indices = reference.perturbed(rows, k, noise, float(sigma), order, gradient)
+            weights, indices = ops.topk_perturbed(
+                rows, k, float(sigma), num_samples, *drawn, order, gradient
+            )
         else:
-            weights, indices = reference.gumbel(rows, k, noise[:, 0], float(temperature), order)
+            weights, indices = ops.topk_gumbel(rows, k, float(temperature), *drawn, order)
 
     indices = indices.view(*lead, k)
     return TopKSample(weights.view(*lead, *weights.shape[1:]), indices, indices >= 0)
@@ -173,6 +175,7 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
     """
     if not isinstance(sample, TopKSample):
         raise TypeError(f"sample must be a TopKSample, got {type(sample).__name__}")
+    refuse_forward_mode("topk_gather", values, sample.weights)
     check_floating("values", values, "[B,N,...]")
     weights, indices, _ = sample
     lead, frames = indices.shape[:-1], weights.shape[-1]
@@ -184,7 +187,7 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
     check_device("values", values, "sample.weights", weights)
     inner = values.shape[len(lead) + 1 :]
     rows, slots = math.prod(lead), indices.shape[-1]
-    gathered = reference.gather(
+    gathered = torch.ops.vd.topk_gather(
         values.reshape(rows, frames, math.prod(inner)),
         weights.reshape(rows, *weights.shape[len(lead) :]),
         indices.reshape(rows, slots),
@@ -206,10 +209,14 @@ def _real_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(wrong, -math.inf)
 
 
-def _seed(seed: int | Tensor | None, device: torch.device) -> int | Tensor:
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """An int64 tensor [], made on the device without waiting for it."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    return seed.reshape(()).to(device) if isinstance(seed, Tensor) else seed
+    if isinstance(seed, Tensor):
+        return seed.reshape(()).to(device)
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.full((), signed, dtype=torch.int64, device=device)
 
 
 def _check_sample(

@@ -7,17 +7,15 @@ indices that are -1 in spare slots.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from vd_kernels._checks import full_precision
 from vd_kernels.topk_sampling.noise import gumbel_noise, normal_noise
 
 _CHUNK = 1 << 17  # perturbed scores at a time: larger temporaries are page-faulted anew each call
-
-__all__ = ["gather", "gumbel", "gumbel_noise", "hard", "lapsum", "normal_noise", "perturbed"]
 
 
 def choose(scores: Tensor, k: int, order: str) -> Tensor:
@@ -63,51 +61,74 @@ def hard(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
 
 
 def perturbed(
-    scores: Tensor, k: int, noise: Tensor, sigma: float, order: str, gradient: str
+    scores: Tensor,
+    k: int,
+    sigma: float,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+    gradient: str,
 ) -> tuple[Tensor, Tensor]:
-    """Mean choice under noise Z [R,n,N]: weights[k,t] = count_i(I_i[k] = t) / n."""
-    return _Perturbed.apply(scores, k, noise, sigma, order, gradient)
+    """Mean choice under noise Z [R,n,N]: weights[k,t] = count_i(I_i[k] = t) / n, and I_0.
+
+    `gradient` is for backward alone.
+    """
+    rows, frames = scores.shape
+    indices = choose(scores, k, order)  # I_0
+    counts = scores.new_zeros(rows, k * frames)
+    for part, z in _parts(normal_noise, scores, samples, seed, row_offset, noise):
+        cells = _cells(choose(scores[part].unsqueeze(1) + sigma * z, k, order), frames).flatten(1)
+        counts[part].scatter_add_(1, cells, scores.new_ones(()).expand(cells.shape))
+    # Every sample has as many real frames as its row, so I_i is spare where I_0 is.
+    weights = counts.view(rows, k, frames) / samples
+    return weights * (indices >= 0).unsqueeze(-1), indices
 
 
-class _Perturbed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        scores: Tensor,
-        k: int,
-        noise: Tensor,
-        sigma: float,
-        order: str,
-        gradient: str,
-    ) -> tuple[Tensor, Tensor]:
-        rows, frames = scores.shape
-        samples = noise.shape[1]
-        indices = choose(scores, k, order)  # I_0
-        # Every sample has as many real frames as its row, so I_i is spare where I_0 is.
-        step = max(1, _CHUNK // max(1, samples * frames))
-        parts = zip(scores.split(step), noise.split(step), strict=True)
-        drawn = torch.cat([choose(x.unsqueeze(1) + sigma * z, k, order) for x, z in parts])
-        cells = _cells(drawn, frames).flatten(1)
-        counts = scores.new_zeros(rows, k * frames)
-        counts.scatter_add_(1, cells, scores.new_ones(()).expand(cells.shape))
-        weights = counts.view(rows, k, frames) / samples
-        weights *= (indices >= 0).unsqueeze(-1)
-        ctx.save_for_backward(scores, noise, indices, drawn)
-        ctx.sigma, ctx.gradient = sigma, gradient
-        ctx.mark_non_differentiable(indices)
-        return weights, indices
+def perturbed_backward(
+    grad: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    sigma: float,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+    gradient: str,
+) -> Tensor:
+    """Gradient of the scores from that of the weights; draws the same noise once more."""
+    if sigma == 0:
+        return torch.zeros_like(scores)
+    rule = _exact_gradient if gradient == "exact" else _diagonal_gradient
+    grad = grad.masked_fill((indices < 0).unsqueeze(-1), 0.0)  # spare slots have no say
+    result = torch.empty_like(scores)
+    for part, z in _parts(normal_noise, scores, samples, seed, row_offset, noise):
+        drawn = choose(scores[part].unsqueeze(1) + sigma * z, indices.shape[1], order)
+        result[part] = rule(grad[part], z, indices[part], drawn) / sigma
+    return result.masked_fill(scores == -math.inf, 0.0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        scores, noise, indices, drawn = ctx.saved_tensors
-        real = scores > -math.inf
-        if ctx.sigma == 0:
-            return torch.zeros_like(scores), None, None, None, None, None
-        rule = _exact_gradient if ctx.gradient == "exact" else _diagonal_gradient
-        grad = grad.masked_fill((indices < 0).unsqueeze(-1), 0.0)  # spare slots have no say
-        result = (rule(grad, noise, indices, drawn) / ctx.sigma).masked_fill(~real, 0.0)
-        return result, None, None, None, None, None
+
+def _parts(
+    draw: Callable[..., Tensor],
+    scores: Tensor,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time, with their noise [rows,n,N] in the scores' dtype."""
+    rows, frames = scores.shape
+    step = max(1, _CHUNK // max(1, samples * frames))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        if noise is None:
+            count = part.stop - part.start
+            z = draw(count, samples, frames, seed, row_offset + start, scores.device)
+        else:
+            z = noise[part]
+        yield part, z.to(scores.dtype)
 
 
 def _cells(indices: Tensor, frames: int) -> Tensor:
@@ -140,78 +161,79 @@ def _diagonal_gradient(grad: Tensor, noise: Tensor, indices: Tensor, drawn: Tens
 
 
 def gumbel(
-    scores: Tensor, k: int, noise: Tensor, temperature: float, order: str
+    scores: Tensor,
+    k: int,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
 ) -> tuple[Tensor, Tensor]:
-    """One draw of k frames without replacement; straight through the successive softmax."""
-    return _Gumbel.apply(scores, k, noise, temperature, order)
+    """One draw of k frames without replacement: weights [R,K,N] and indices [R,K].
+
+    `temperature` is for backward alone.
+    """
+    indices = choose(_keys(scores, seed, row_offset, noise), k, order)
+    return one_hot(indices, scores.shape[-1], scores.dtype), indices
 
 
-class _Gumbel(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, scores: Tensor, k: int, noise: Tensor, temperature: float, order: str
-    ) -> tuple[Tensor, Tensor]:
-        keys = scores + noise
-        indices = choose(keys, k, order)
-        ctx.save_for_backward(keys, indices)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(indices)
-        return one_hot(indices, scores.shape[-1], scores.dtype), indices
+def gumbel_backward(
+    grad: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+) -> Tensor:
+    """Gradient of the scores from that of the weights, through the successive softmax."""
+    keys = _keys(scores, seed, row_offset, noise)
+    k, frames = grad.shape[-2:]
+    ranked = choose(keys, k, "score")  # frame picked j-th
+    spare = (ranked < 0).unsqueeze(-1)
+    # slot(j): where the j-th pick lies among the slots
+    slots = (ranked.unsqueeze(-1) == indices.unsqueeze(-2)).to(torch.uint8).argmax(-1)
+    paired = grad.gather(1, slots.unsqueeze(-1).expand(grad.shape)).masked_fill(spare, 0.0)
+    # p_j = softmax(u / τ) over the frames not picked before j
+    picked = one_hot(ranked, frames, torch.int8)
+    gone = picked.cumsum(1) - picked > 0
+    logits = (keys / temperature).unsqueeze(1).masked_fill(gone, -math.inf)
+    shares = logits.masked_fill(spare, 0.0).softmax(-1)
+    mean = (shares * paired).sum(-1, keepdim=True)
+    return (shares * (paired - mean)).sum(1) / temperature
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        keys, indices = ctx.saved_tensors
-        k, frames = grad.shape[-2:]
-        ranked = choose(keys, k, "score")  # frame picked j-th
-        spare = (ranked < 0).unsqueeze(-1)
-        # slot(j): where the j-th pick lies among the slots
-        slots = (ranked.unsqueeze(-1) == indices.unsqueeze(-2)).to(torch.uint8).argmax(-1)
-        paired = grad.gather(1, slots.unsqueeze(-1).expand(grad.shape)).masked_fill(spare, 0.0)
-        # p_j = softmax(u / τ) over the frames not picked before j
-        picked = one_hot(ranked, frames, torch.int8)
-        gone = picked.cumsum(1) - picked > 0
-        logits = (keys / ctx.temperature).unsqueeze(1).masked_fill(gone, -math.inf)
-        shares = logits.masked_fill(spare, 0.0).softmax(-1)
-        mean = (shares * paired).sum(-1, keepdim=True)
-        result = (shares * (paired - mean)).sum(1) / ctx.temperature
-        return result, None, None, None, None
+
+def _keys(scores: Tensor, seed: Tensor, row_offset: int, noise: Tensor | None) -> Tensor:
+    """u = x + g [R,N]."""
+    rows, frames = scores.shape
+    if noise is None:
+        noise = gumbel_noise(rows, 1, frames, seed, row_offset, scores.device)
+    return scores + noise[:, 0].to(scores.dtype)
 
 
 def lapsum(scores: Tensor, k: int, temperature: float, order: str) -> tuple[Tensor, Tensor]:
-    """A deterministic soft set: weights [R,N] in [0,1] that sum to k."""
-    return _LapSum.apply(scores, k, temperature, order)
+    """A deterministic soft set: weights [R,N] in [0,1] that sum to k, and the k best [R,K]."""
+    real = scores > -math.inf
+    few = real.sum(-1, keepdim=True) <= k  # nothing to choose: p = 1, no gradient
+    offsets = _offsets(scores.double(), real, k, temperature)
+    weights = _laplace_cdf(offsets).to(scores.dtype)
+    weights = weights.masked_fill(few, 1.0).masked_fill(~real, 0.0)
+    return weights, choose(scores, k, order)
 
 
-class _LapSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, scores: Tensor, k: int, temperature: float, order: str
-    ) -> tuple[Tensor, Tensor]:
-        real = scores > -math.inf
-        few = real.sum(-1, keepdim=True) <= k  # nothing to choose: p = 1, no gradient
-        offsets = _offsets(scores.double(), real, k, temperature)
-        weights = _laplace_cdf(offsets).to(scores.dtype)
-        weights = weights.masked_fill(few, 1.0).masked_fill(~real, 0.0)
-        ctx.save_for_backward(offsets, real & ~few)
-        ctx.temperature = temperature
-        indices = choose(scores, k, order)
-        ctx.mark_non_differentiable(indices)
-        return weights, indices
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        offsets, free = ctx.saved_tensors
-        distance = offsets.abs().masked_fill(~free, math.inf)
-        density = torch.exp(-distance) / (2 * ctx.temperature)  # q
-        # Σ qG / Σ q with the largest q scaled to 1: far from b every q underflows, their ratio not
-        nearest = distance.amin(-1, keepdim=True).masked_fill(~free.any(-1, keepdim=True), 0.0)
-        shifted = torch.exp(nearest - distance)
-        total = shifted.sum(-1, keepdim=True).clamp(min=torch.finfo(shifted.dtype).tiny)
-        mean = (shifted * grad).sum(-1, keepdim=True) / total
-        result = (density * (grad - mean)).masked_fill(~free, 0.0)
-        return result.to(grad.dtype), None, None, None
+def lapsum_backward(grad: Tensor, scores: Tensor, k: int, temperature: float) -> Tensor:
+    """Gradient of the scores from that of the weights; solves for b once more."""
+    real = scores > -math.inf
+    free = real & (real.sum(-1, keepdim=True) > k)
+    offsets = _offsets(scores.double(), real, k, temperature)
+    distance = offsets.abs().masked_fill(~free, math.inf)
+    density = torch.exp(-distance) / (2 * temperature)  # q
+    # Σ qG / Σ q with the largest q scaled to 1: far from b every q underflows, their ratio not
+    nearest = distance.amin(-1, keepdim=True).masked_fill(~free.any(-1, keepdim=True), 0.0)
+    shifted = torch.exp(nearest - distance)
+    total = shifted.sum(-1, keepdim=True).clamp(min=torch.finfo(shifted.dtype).tiny)
+    mean = (shifted * grad).sum(-1, keepdim=True) / total
+    return (density * (grad - mean)).masked_fill(~free, 0.0).to(grad.dtype)
 
 
 def _offsets(scores: Tensor, real: Tensor, k: int, temperature: float) -> Tensor:
@@ -245,12 +267,53 @@ def _laplace_cdf(x: Tensor) -> Tensor:
 
 def gather(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """Chosen values [R,K,E] from values [R,N,E] by weights [R,K,N], or [R,N] for a soft set."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    dtype = torch.promote_types(dtype, weights.dtype)
+    dtype = _common_dtype(values, weights)
     with full_precision(values):
         if weights.dim() == 3:
             return torch.bmm(weights.to(dtype), values.to(dtype)).to(values.dtype)
+        shares, chosen = _picked(values, weights, indices)
+        return (shares.to(dtype) * chosen).to(values.dtype)
+
+
+def gather_backward(
+    grad: Tensor, values: Tensor, weights: Tensor, indices: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of values and weights, those that are needed."""
+    dtype = _common_dtype(values, weights)
+    grad_values = grad_weights = None
+    with full_precision(values):
+        grad = grad.to(dtype)
+        if weights.dim() == 3:
+            if needs[0]:
+                grad_values = torch.bmm(weights.to(dtype).transpose(1, 2), grad).to(values.dtype)
+            if needs[1]:
+                grad_weights = torch.bmm(grad, values.to(dtype).transpose(1, 2)).to(weights.dtype)
+            return grad_values, grad_weights
+        shares, chosen = _picked(values, weights, indices)
         slots = indices.clamp(min=0)
-        shares = weights.gather(1, slots).masked_fill(indices < 0, 0.0).unsqueeze(-1).to(dtype)
-        chosen = values.gather(1, slots.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
-        return (shares * chosen).to(values.dtype)
+        if needs[0]:
+            # Slots hold different frames; spare ones add 0 to frame 0.
+            grad_values = torch.zeros(values.shape, dtype=dtype, device=values.device)
+            grad_values.scatter_add_(1, _along(slots, values), shares.to(dtype) * grad)
+            grad_values = grad_values.to(values.dtype)
+        if needs[1]:
+            own = (grad * chosen).sum(-1) * (indices >= 0)
+            grad_weights = torch.zeros(weights.shape, dtype=dtype, device=values.device)
+            grad_weights = grad_weights.scatter_add_(1, slots, own).to(weights.dtype)
+        return grad_values, grad_weights
+
+
+def _picked(values: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [R,K,1] and values [R,K,E] of the chosen frames; weight 0 in spare slots."""
+    slots = indices.clamp(min=0)
+    shares = weights.gather(1, slots).masked_fill(indices < 0, 0.0).unsqueeze(-1)
+    return shares, values.gather(1, _along(slots, values))
+
+
+def _along(slots: Tensor, values: Tensor) -> Tensor:
+    return slots.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+
+
+def _common_dtype(values: Tensor, weights: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return torch.promote_types(dtype, weights.dtype)

@@ -1,0 +1,57 @@
+"""The suite that every backend must pass, on those that run here; and the suite's own tools."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vd_kernels import testing
+from vd_kernels.testing import Check, suite
+
+
+@pytest.mark.parametrize("check", suite("reference"), ids=str)
+def test_reference(check: Check) -> None:
+    check()
+
+
+def test_poison_is_seen() -> None:
+    with testing.poisoned():
+        assert torch.empty(7).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_error_is_told_with_its_place() -> None:
+    exact = torch.zeros(2, 3, dtype=torch.float64)
+    wrong = torch.zeros(2, 3)
+    wrong[1, 2] = 0.5
+    with pytest.raises(AssertionError, match=r"x: 1 of 6 differ .* at \(1, 2\): 0.5, expected 0"):
+        testing.assert_near("x", wrong, exact, 0.1)
+    wrong[0, 1] = torch.nan
+    with pytest.raises(AssertionError, match=r"2 of 6 .* at \(0, 1\): nan"):
+        testing.assert_near("x", wrong, exact, 0.1)
+    with pytest.raises(AssertionError, match="shape"):
+        testing.assert_near("x", wrong[0], exact, 0.1)
+
+
+def test_layouts_keep_values_and_change_strides() -> None:
+    x = testing.normal(3, 4, 5)
+    for name, layout in testing.LAYOUTS.items():
+        assert torch.equal(layout(x), x)
+        assert (layout(x).stride() == x.stride()) == (name == "contiguous")
+    assert testing.expanded(x).stride(0) == 0
+
+
+def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halve one gradient of the reference: the suite must notice."""
+    from vd_kernels.language_gate import op
+
+    backward = op.BACKWARD["reference"]
+
+    def halved(*arguments):
+        query, *others = backward(*arguments)
+        return (None if query is None else query / 2), *others
+
+    monkeypatch.setitem(op.BACKWARD, "reference", halved)
+    check = next(c for c in suite("reference") if c.name.startswith("language_gate-softmax-2x13"))
+    with pytest.raises(AssertionError, match="gradient of query"):
+        check()

@@ -1,0 +1,54 @@
+"""How an operator enters torch.library: schema, kernel, fake, and what it refuses.
+
+All schemas are defined here in Python, in the namespace `vd`; compiled backends only register
+private operators of their own, which the kernels given to `define` call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("vd", "FRAGMENT")
+
+
+def define(schema: str, kernel: Callable, fake: Callable) -> None:
+    """Define vd::<name> for every device.
+
+    Args:
+        schema: "name(Tensor x, ...) -> ..."; results never alias arguments.
+        kernel: Takes the schema's arguments on any device, below autograd.
+        fake: The same for fake tensors: shapes, dtypes and strides of the results.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vd::{name}", fake, lib=_LIBRARY)
+
+    def no_vmap(info: Any, in_dims: Any, *args: Any) -> None:
+        raise NotImplementedError(
+            f"vd::{name} has no rule for torch.func.vmap: give it a batch dimension instead"
+        )
+
+    torch.library.register_vmap(f"vd::{name}", no_vmap, lib=_LIBRARY)
+
+
+def differentiable(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Give vd::<name> its gradient; see `torch.library.register_autograd`."""
+    torch.library.register_autograd(
+        f"vd::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+    )
+
+
+def once_differentiable(name: str) -> None:
+    """Let a gradient of vd::<name>, a backward operator, be an error instead of silently wrong."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"vd::{name} cannot be differentiated: double backward is not supported; "
+            "call torch.autograd.grad without create_graph"
+        )
+
+    differentiable(name, refuse, lambda ctx, inputs, output: None)

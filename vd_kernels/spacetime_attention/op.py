@@ -1,0 +1,131 @@
+"""spacetime_attention in torch.library: schemas, fakes, gradient, and the choice of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vd_kernels import _library, backends
+from vd_kernels.spacetime_attention import reference
+
+FORWARD: dict[str, Callable] = {"reference": reference.forward}
+BACKWARD: dict[str, Callable] = {"reference": reference.backward}
+"""By backend, the fastest first."""
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, prefix_out = backends.choose("spacetime_attention", FORWARD)(*arguments)
+    return out.contiguous(), out.new_empty(0) if prefix_out is None else prefix_out.contiguous()
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(query.shape)
+    if prefix_query is None:
+        return out, query.new_empty(0)
+    batch, frames, patches, heads, width = query.shape
+    groups = {"time": patches, "space": frames, "joint": 1}[axis]
+    return out, query.new_empty(batch, groups, prefix_query.shape[2], heads, width)
+
+
+def _backward(
+    grad_out: Tensor | None, grad_prefix_out: Tensor | None, query: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    run = backends.choose("spacetime_attention", BACKWARD)
+    grads = run(grad_out, grad_prefix_out, query, *arguments)
+    return tuple(query.new_empty(0) if g is None else g.contiguous() for g in grads)
+
+
+def _backward_fake(
+    grad_out: Tensor | None,
+    grad_prefix_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (query, key, value, prefix_query, prefix_key, prefix_value, gate)
+    return tuple(
+        x.new_empty(x.shape) if needed else query.new_empty(0)
+        for x, needed in zip(inputs, needs, strict=True)
+    )
+
+
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, str axis, SymInt[]? window, SymInt[]? grid, "
+    "bool causal, Tensor? key_mask, Tensor? prefix_query, Tensor? prefix_key, "
+    "Tensor? prefix_value, Tensor? gate, float scale"
+)
+_library.define(
+    f"spacetime_attention({_ARGUMENTS}) -> (Tensor, Tensor)", kernel=_forward, fake=_fake
+)
+_library.define(
+    f"spacetime_attention_backward(Tensor? grad_out, Tensor? grad_prefix_out, {_ARGUMENTS}, "
+    "bool[7] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_backward_fake,
+)
+
+_TENSORS = (0, 1, 2, 8, 9, 10, 11)
+"""Positions of the arguments that have gradients."""
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], *inputs[7:12])
+    ctx.settings, ctx.scale = inputs[3:7], inputs[12]
+
+
+def _gradient(
+    ctx: Any, grad_out: Tensor | None, grad_prefix_out: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    query, key, value, key_mask, *rest = ctx.saved_tensors
+    if rest[0] is None:  # prefix_out is an empty tensor that nobody asked for
+        grad_prefix_out = None
+    needs = [ctx.needs_input_grad[i] for i in _TENSORS]
+    found = torch.ops.vd.spacetime_attention_backward(
+        grad_out,
+        grad_prefix_out,
+        query,
+        key,
+        value,
+        *ctx.settings,
+        key_mask,
+        *rest,
+        ctx.scale,
+        needs,
+    )
+    grads: list[Tensor | None] = [None] * 13
+    for i, grad, needed in zip(_TENSORS, found, needs, strict=True):
+        grads[i] = grad if needed else None
+    return tuple(grads)
+
+
+_library.differentiable("spacetime_attention", _gradient, _setup_context)
+_library.once_differentiable("spacetime_attention_backward")

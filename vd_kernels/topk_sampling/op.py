@@ -1,0 +1,169 @@
+"""topk_sample and topk_gather in torch.library: schemas, fakes, gradients, and backends.
+
+Scores are [R,N] in float32 or float64, -inf in frames that are not to be chosen. One operator for
+each method, as their arguments and the shapes of their weights differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vd_kernels import _library, backends
+from vd_kernels.topk_sampling import reference
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    name: {"reference": getattr(reference, name)}
+    for name in (
+        "hard",
+        "perturbed",
+        "perturbed_backward",
+        "gumbel",
+        "gumbel_backward",
+        "lapsum",
+        "lapsum_backward",
+        "gather",
+        "gather_backward",
+    )
+}
+"""For each operator its implementations by backend, the fastest first."""
+
+
+def _define(name: str, schema: str, fake: Callable) -> None:
+    """vd::topk_<name>, whose results are made contiguous as its fake says."""
+
+    def kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        results = backends.choose(f"topk_{name}", IMPLEMENTATIONS[name])(*arguments)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        empty = arguments[0].new_empty(0)  # in place of what is not needed
+        return tuple(empty.clone() if x is None else x.contiguous() for x in results)
+
+    _library.define(f"topk_{name}{schema}", kernel, fake)
+
+
+def _choice(scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, frames = scores.shape
+    return scores.new_empty(rows, k, frames), scores.new_empty(rows, k, dtype=torch.int64)
+
+
+def _soft_choice(scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+    rows, frames = scores.shape
+    return scores.new_empty(rows, frames), scores.new_empty(rows, k, dtype=torch.int64)
+
+
+def _like_scores(grad: Tensor, scores: Tensor, *_: Any) -> Tensor:
+    return scores.new_empty(scores.shape)
+
+
+_define("hard", "(Tensor scores, int k, str order) -> (Tensor, Tensor)", _choice)
+
+_NOISE = "Tensor seed, SymInt row_offset, Tensor? noise"
+_define(
+    "perturbed",
+    f"(Tensor scores, int k, float sigma, int samples, {_NOISE}, str order, str gradient)"
+    " -> (Tensor, Tensor)",
+    _choice,
+)
+_define(
+    "perturbed_backward",
+    f"(Tensor grad, Tensor scores, Tensor indices, float sigma, int samples, {_NOISE}, str order, "
+    "str gradient) -> Tensor",
+    _like_scores,
+)
+_define(
+    "gumbel",
+    f"(Tensor scores, int k, float temperature, {_NOISE}, str order) -> (Tensor, Tensor)",
+    _choice,
+)
+_define(
+    "gumbel_backward",
+    f"(Tensor grad, Tensor scores, Tensor indices, float temperature, {_NOISE}) -> Tensor",
+    _like_scores,
+)
+_define(
+    "lapsum",
+    "(Tensor scores, int k, float temperature, str order) -> (Tensor, Tensor)",
+    _soft_choice,
+)
+_define(
+    "lapsum_backward",
+    "(Tensor grad, Tensor scores, int k, float temperature) -> Tensor",
+    _like_scores,
+)
+_define(
+    "gather",
+    "(Tensor values, Tensor weights, Tensor indices) -> Tensor",
+    lambda values, weights, indices: values.new_empty(*indices.shape, values.shape[2]),
+)
+_define(
+    "gather_backward",
+    "(Tensor grad, Tensor values, Tensor weights, Tensor indices, bool[2] needs)"
+    " -> (Tensor, Tensor)",
+    lambda grad, values, weights, indices, needs: tuple(
+        x.new_empty(x.shape) if needed else grad.new_empty(0)
+        for x, needed in zip((values, weights), needs, strict=True)
+    ),
+)
+
+
+def _setup_perturbed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    scores, _, sigma, samples, seed, row_offset, noise, order, gradient = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(scores, output[1], seed, noise)
+    ctx.settings = (sigma, samples), row_offset, (order, gradient)
+
+
+def _perturbed_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    scores, indices, seed, noise = ctx.saved_tensors
+    before, row_offset, after = ctx.settings
+    found = torch.ops.vd.topk_perturbed_backward(
+        grad, scores, indices, *before, seed, row_offset, noise, *after
+    )
+    return found, *[None] * 8
+
+
+def _setup_gumbel(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    scores, _, ctx.temperature, seed, ctx.row_offset, noise, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(scores, output[1], seed, noise)
+
+
+def _gumbel_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    scores, indices, seed, noise = ctx.saved_tensors
+    found = torch.ops.vd.topk_gumbel_backward(
+        grad, scores, indices, ctx.temperature, seed, ctx.row_offset, noise
+    )
+    return found, *[None] * 6
+
+
+def _setup_lapsum(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    scores, ctx.k, ctx.temperature, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(scores)
+
+
+def _lapsum_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    (scores,) = ctx.saved_tensors
+    return torch.ops.vd.topk_lapsum_backward(grad, scores, ctx.k, ctx.temperature), *[None] * 3
+
+
+def _setup_gather(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gather_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:2])
+    found = torch.ops.vd.topk_gather_backward(grad, *ctx.saved_tensors, needs)
+    return *(g if needed else None for g, needed in zip(found, needs, strict=True)), None
+
+
+_library.differentiable("topk_perturbed", _perturbed_gradient, _setup_perturbed)
+_library.differentiable("topk_gumbel", _gumbel_gradient, _setup_gumbel)
+_library.differentiable("topk_lapsum", _lapsum_gradient, _setup_lapsum)
+_library.differentiable("topk_gather", _gather_gradient, _setup_gather)
+for _name in ("perturbed", "gumbel", "lapsum", "gather"):
+    _library.once_differentiable(f"topk_{_name}_backward")
