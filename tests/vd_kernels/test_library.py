@@ -343,6 +343,26 @@ def test_the_global_seed_governs() -> None:
     assert not torch.equal(first, topk_sample(x, 3, method="gumbel").indices)
 
 
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        inputs = [
+            normal(4, 12, 49, 2, 64, grad=True),
+            normal(4, 33, 2, 64, grad=True),
+            torch.ones(4, 33, dtype=torch.bool),
+            normal(2, grad=True),
+        ]
+        return results(whole, inputs)
+
+    before = torch.get_num_threads()
+    try:
+        runs = [run(threads) for threads in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(before)
+    for one, *others in zip(*runs, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
 # Backends
 
 FORCED = {

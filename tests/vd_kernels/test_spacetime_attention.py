@@ -318,6 +318,18 @@ def test_autocast_casts_inputs_and_keeps_sums_in_float32() -> None:
     assert v.grad.dtype == torch.float32 and v.grad.any()
 
 
+@pytest.mark.parametrize("axis", ["time", "space"])
+def test_more_sequences_than_a_grid_dimension_holds(axis: str) -> None:
+    """300,000 of them: the last ones as they are alone."""
+    shape = (1, 2, 300_000, 1, 4) if axis == "time" else (1, 300_000, 2, 1, 4)
+    q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    out = spacetime_attention(q, k, v, axis=axis)
+    dim = 2 if axis == "time" else 1
+    last = [x.narrow(dim, 299_000, 1000) for x in (q, k, v)]
+    alone = spacetime_attention(*last, axis=axis)
+    torch.testing.assert_close(out.narrow(dim, 299_000, 1000), alone)
+
+
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = (x.float() for x in inputs(1, 4, 3, 1, 8))
     out = spacetime_attention(1e4 * q, 1e4 * k, v, axis="time", causal=True)
