@@ -155,7 +155,7 @@ def _one_frame(
         pick=1,
         frame_choice="random",
     )
-    recipe = HeadRecipe(steps=steps, videos_per_batch=12, evidence_weight=0.0)
+    recipe = HeadRecipe(observing=(), steps=steps, videos_per_batch=12, evidence_weight=0.0)
     train_head(model, prepared[:1], recipe, choice_embed, log=lambda line: None)
     report = evaluate(model, prepared[1], choice_embed)
     return {family: values["accuracy"] for family, values in report.items()}

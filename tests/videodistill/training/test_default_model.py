@@ -88,7 +88,7 @@ def test_features_of_videos_made_anew_are_forgotten(tmp_path):
     assert remake(recipe) == ["test", "train"]  # the same videos again
     longer = recipe.videos | {"test": (2, 16)}
     assert remake(replace(recipe, videos=longer)) == ["train"]
-    assert remake(replace(recipe, seed=2)) == []
+    assert remake(replace(recipe, seed=9)) == []
 
 
 def test_a_record_speaks_for_its_own_settings_and_encoder_only(made):
@@ -96,7 +96,7 @@ def test_a_record_speaks_for_its_own_settings_and_encoder_only(made):
     assert default_model._is_done(TINY, work, "videodistill")
     assert not default_model._is_done(TINY, work, "uniform")
     for other in (
-        replace(TINY, seed=2),
+        replace(TINY, seed=9),
         replace(TINY, head=replace(TINY.head, steps=4)),
         replace(TINY, model=TINY.model | {"pick": 4}),
     ):
