@@ -38,9 +38,6 @@ class VideoDistillConfig:
     """Candidate frames that a video is sampled at (N) unless the caller says otherwise."""
     pick: int = 8
     """Frames that the sampler keeps (K)."""
-    apart: float = 0.0
-    """Of frames less than this share of the video apart, the one with the best score is preferred:
-    K frames of one moment show less than K moments. 0 leaves all scores as they are."""
     frame_choice: str = "learned"
     """"learned", or the controls it is compared with: "uniform", "random"."""
     sampling: str = "perturbed"
@@ -85,8 +82,6 @@ class VideoDistillConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
-        if not isinstance(self.apart, (int, float)) or not 0 <= self.apart < 1:
-            raise ValueError(f"apart must be a number from 0 to below 1, not {self.apart!r}")
         self.patch_grid = tuple(self.patch_grid)
         if len(self.patch_grid) != 2 or not all(map(_is_count, self.patch_grid)):
             raise ValueError(f"patch_grid must be two positive integers, not {self.patch_grid!r}")

@@ -111,18 +111,12 @@ class FrameSampler(nn.Module):
         return _standardise(scores, frame_mask)
 
     def choose(
-        self,
-        scores: Tensor,
-        times: Tensor,
-        pick: int,
-        frame_mask: Tensor | None,
-        seed: int | Tensor | None,
+        self, scores: Tensor, pick: int, frame_mask: Tensor | None, seed: int | Tensor | None
     ) -> TopKSample:
         """K frames of N in order of time: drawn in training, the best ones otherwise.
 
         Args:
             scores: [B,N]; a config with ``frame_choice`` "uniform" or "random" leaves them unused.
-            times: [B,N] in [0,1].
             pick: K, 1..N.
             frame_mask: bool [B,N], real frames first; None when all are real.
             seed: Of the draw in training; "random" draws from torch's global generator instead.
@@ -132,9 +126,7 @@ class FrameSampler(nn.Module):
             scores = torch.rand_like(scores)
         elif config.frame_choice == "uniform":
             scores = _uniform_scores(scores, pick, frame_mask)
-        elif config.apart:
-            scores = _prefer_peaks(scores, times, frame_mask, config.apart)
-        if self.training and config.frame_choice == "learned" and config.sampling != "hard":
+        elif self.training and config.sampling != "hard":
             # Gumbel noise has a fixed size: divided by sigma, scores meet it as if it were sigma's.
             gumbel = config.sampling == "gumbel"
             return topk_sample(
@@ -182,18 +174,6 @@ def _standardise(scores: Tensor, mask: Tensor | None) -> Tensor:
     centred = (scores - (scores * real).sum(-1, keepdim=True) / count) * real
     variance = centred.square().sum(-1, keepdim=True) / count
     return centred * torch.rsqrt(variance + 1e-6)
-
-
-def _prefer_peaks(scores: Tensor, times: Tensor, mask: Tensor | None, apart: float) -> Tensor:
-    """Scores [B,N], less 10 where a real frame less than ``apart`` away has a better one.
-
-    Every peak then comes before what stands beside a better one, in the order of their scores.
-    """
-    near = (times[:, :, None] - times[:, None, :]).abs() < apart
-    if mask is not None:
-        near &= mask[:, None, :]
-    best = scores[:, None, :].masked_fill(~near, float("-inf")).amax(-1)
-    return scores - 10.0 * (scores < best)
 
 
 def _uniform_scores(scores: Tensor, pick: int, mask: Tensor | None) -> Tensor:

@@ -124,8 +124,7 @@ class VideoDistill(
         pick = self.config.pick if pick is None else pick
         wanted = scores if score_bias is None else scores + score_bias
         mask = None if frame_mask is None else frame_mask.repeat_interleave(questions, dim=0)
-        when = times.repeat_interleave(questions, dim=0)
-        sample = self.sampler.choose(wanted, when, pick, mask, seed)
+        sample = self.sampler.choose(wanted, pick, mask, seed)
 
         # A video's questions gather from it together, so its features are not repeated.
         together = TopKSample(

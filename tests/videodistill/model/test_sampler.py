@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from videodistill.model.layers import RotaryTime
-from videodistill.model.sampler import _frame_states, _prefer_peaks, _standardise, _uniform_scores
+from videodistill.model.sampler import _frame_states, _standardise, _uniform_scores
 
 MASK = torch.arange(9) < torch.tensor([9, 5, 2])[:, None]
 """Three videos of 9, 5 and 2 real frames."""
@@ -83,16 +83,3 @@ def test_uniform_frames_of_videos_with_padding() -> None:
     """Centres of the real frames; where there are fewer than K, all of them and nothing else."""
     scores = _uniform_scores(torch.randn(3, 9), 3, MASK)
     assert [row.nonzero().flatten().tolist() for row in scores] == [[1, 4, 7], [0, 2, 4], [0, 1]]
-
-
-def test_peaks_come_before_what_stands_beside_them() -> None:
-    times = torch.tensor([[0.0, 0.1, 0.2, 0.3, 0.7, 0.8]])
-    scores = torch.tensor([[1.0, 3.0, 2.9, 2.0, 0.5, 9.0]])
-    assert _prefer_peaks(scores, times, None, 0.05).equal(scores)
-    lowered = scores - _prefer_peaks(scores, times, None, 0.15)
-    assert lowered.tolist() == [[10, 0, 10, 10, 10, 0]]
-    masked = torch.tensor([[True, True, True, True, True, False]])
-    lowered = scores - _prefer_peaks(scores, times, masked, 0.15)
-    assert lowered[0, :5].tolist() == [10, 0, 10, 10, 0], "a frame that is not real beat another"
-    equal = torch.ones(1, 6)
-    assert _prefer_peaks(equal, times, None, 0.5).equal(equal)

@@ -276,7 +276,6 @@ def test_other_numbers_of_frames():
     [
         ({"heads": 5}, "width 32 is not a multiple of heads 5"),
         ({"width": 36}, "width 36 over heads 4 is odd"),
-        ({"apart": 1.0}, "apart must be a number from 0 to below 1, not 1.0"),
         ({"gate": "vector"}, "gate must be one of"),
         ({"merge": 3}, r"merge 3 does not divide patch_grid \(4, 4\)"),
         ({"pick": 0}, "pick must be a positive integer"),
