@@ -88,8 +88,8 @@ def normal_of(words: Tensor) -> Tensor:
     # y = 4p (1 - p) for the tail probability p = tail / 2^32
     y = tail * 2.0**-30 * (1.0 - tail * 2.0**-32)
     h, k = _split(y)
-    # Torch may leave a float32 root to MKL, whose last bit was wrong one time in seven on an AMD
-    # processor. A float64 root, even one off by a bit, rounds to the right float32 one.
+    # Torch may leave a float32 root to MKL, whose last bit is not always the right one. A float64
+    # root, even one off by a bit, rounds to the right float32 one.
     root = (3.0 - _log2(h, k)).double().sqrt_().float().sub_(4.0)
     size = _polynomial(_PROBIT, root).mul_(centre * 2.0**-31)
     return torch.where(upper, size, -size)

@@ -236,9 +236,6 @@ def train_head(
     sampler = [*model.sampler.parameters(), evidence_scale]
     others = [*model.refiner.parameters(), *model.answering.parameters()]
 
-    def evidence(scores: Tensor, split: Split, rows: Tensor, frames: Tensor | None) -> Losses:
-        return {"evidence": _evidence_loss(scores, split, rows, frames, evidence_scale)}
-
     def think(split: Split, rows: Tensor, frames: Tensor | None) -> tuple[Losses, None]:
         scores = model.sampler.score_frames(
             _of_videos(split.features.frame_embed, split, rows, frames).float(),
@@ -248,7 +245,7 @@ def train_head(
             _of_videos(split.features.times, split, rows, frames),
             None,
         )
-        return evidence(scores, split, rows, frames), None
+        return {"evidence": _evidence_loss(scores, split, rows, frames, evidence_scale)}, None
 
     def answer(
         split: Split, rows: Tensor, frames: Tensor | None, pick: int, told: bool
@@ -258,8 +255,9 @@ def train_head(
         output = look(model, split, rows, frames, pick=pick, seed=_seed(rng), score_bias=bias)
         losses = _answer_losses(model, output, split, rows, choice_embed, recipe)
         if supervised and not told:
-            (loss,) = evidence(output.scores, split, rows, frames).values()
-            losses["evidence"] = recipe.evidence_weight * loss
+            losses["evidence"] = recipe.evidence_weight * _evidence_loss(
+                output.scores, split, rows, frames, evidence_scale
+            )
         guesses = model.vocabulary_logits(output.answer_embed).argmax(-1)
         return losses, guesses == split.answer[rows]
 
