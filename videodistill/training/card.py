@@ -115,18 +115,17 @@ def _robustness_table(results: dict[str, Any], settings: dict[str, Any]) -> list
     rows = [["videos", "frames", "candidates", "chosen", "accuracy", "choices", "evidence"]]
     rows.append(["---"] + ["---:"] * 6)
     for name, report in results.items():
-        split = name.partition(",")[0]
+        split, _, pick = name.partition(", K=")
         if split not in settings["videos"] or not split.startswith("test"):
             continue
         candidates = settings["candidates"].get(split, settings["model"]["frames"])
-        pick = 4 if name.endswith("K=4") else settings["model"]["pick"]
         total = report["all"]
         rows.append(
             [
                 split,
                 str(settings["videos"][split][1]),
                 str(candidates),
-                str(pick),
+                pick or str(settings["model"]["pick"]),
                 *(f"{total[what]:.1f}" for what in ("accuracy", "choice", "evidence")),
             ]
         )

@@ -67,7 +67,7 @@ class DefaultRecipe:
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     head: HeadRecipe = field(
         default_factory=lambda: HeadRecipe(
-            thinking_steps=1200, observing=((900, 1), (150, 3)), steps=300, learning_rate=2e-3
+            thinking_steps=1200, observing=((2000, 1), (200, 3)), steps=500, learning_rate=2e-3
         )
     )
     model: dict[str, Any] = field(
@@ -80,7 +80,7 @@ class DefaultRecipe:
             "sampling": "gumbel",
             "sigma": 0.25,
             "frames": 64,
-            "pick": 8,
+            "pick": 4,
         }
     )
 
@@ -290,8 +290,8 @@ def _measure(
             continue
         split = _split(recipe, work, name, 1)
         results[name] = evaluate(model, split, choice_embed)
-        if model.config.pick > 4:
-            results[f"{name}, K=4"] = evaluate(model, split, choice_embed, pick=4)
+        for pick in {4, 8} - {model.config.pick}:
+            results[f"{name}, K={pick}"] = evaluate(model, split, choice_embed, pick=pick)
         if name == "test":
             results["blank video"] = evaluate(model, blanked(split, encoder), choice_embed)
             results["shuffled video"] = evaluate(model, shuffled(split), choice_embed)

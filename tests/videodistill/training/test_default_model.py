@@ -54,7 +54,14 @@ def test_the_record_is_complete(made):
         "preprocessor_config.json",
     }
     results = record["arms"]["videodistill"]["results"]
-    assert {"test", "test, K=4", "blank video", "shuffled video", "uniform frames"} == set(results)
+    assert {
+        "test",
+        "test, K=4",
+        "test, K=8",
+        "blank video",
+        "shuffled video",
+        "uniform frames",
+    } == set(results)
     assert results["test"]["all"]["questions"] == 24
     assert (out / "README.md").read_text() == model_card(record)
     assert record["blind"]["question_only"].keys() >= {"all", "count"}
