@@ -1,26 +1,51 @@
-"""Compiles csrc/ into `vd_kernels._C`. Metadata and dependencies are in pyproject.toml.
+"""Compiles csrc/ into two libraries. Metadata and dependencies are in pyproject.toml.
 
-VD_BUILD_CPP    unset: build it, and when that fails install without it and record why
-                1: build it or fail            0: do not build it
-CXX, CXXFLAGS, LDFLAGS are honoured. The outcome is recorded beside the module in
+`vd_kernels._C` tells what was built and what the machine can run; `vd_kernels/_cpu` holds the
+operators' C++ kernels, for LibTorch's stable ABI.
+
+VD_BUILD_CPP    unset: build them, and when that fails install without them and record why
+                1: build them or fail          0: do not build them
+CXX, CXXFLAGS, LDFLAGS are honoured. The outcome is recorded beside the libraries in
 `_build_info.json`, and `python -m vd_kernels` prints it.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CXX_STANDARD = "c++17"
+
+OPERATORS = ("language_gate", "topk_sampling", "spacetime_attention")
+AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+LEVELS = {
+    # Instruction sets that kernels are compiled for, each into a C++ namespace of this name.
+    "scalar": (),
+    "avx2": AVX2,
+    "avx512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
+KERNEL_FLAGS = (
+    # The noise is specified without fused operations; where one may be fused, the code says so.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-uninitialized",  # GCC 12 finds it in its own AVX-512 header
+    "-Wno-maybe-uninitialized",
+)
+TORCH_ABI = "0x020b000000000000"  # 2.11, the oldest torch that the library loads into
 
 
 class BuildError(Exception):
@@ -40,28 +65,67 @@ def compiler() -> list[str]:
     ]
 
 
-def compile_flags() -> list[str]:
-    import pybind11
+def torch_folder() -> Path:
+    """Where torch lies; it is not imported, which would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise BuildError(
+            "torch is not installed where this is built: install it first, then this with "
+            "--no-build-isolation"
+        )
+    return Path(spec.origin).parent
 
-    includes = [sysconfig.get_path("include"), pybind11.get_include()]
+
+class Unit(NamedTuple):
+    """One compilation: a source may have several, each for another instruction set."""
+
+    source: str
+    object: str
+    flags: tuple[str, ...]
+
+
+def units_of(ext: Extension) -> list[Unit]:
+    """What the extension is compiled from."""
+    if ext.name.endswith("._C"):
+        import pybind11
+
+        includes = [sysconfig.get_path("include"), pybind11.get_include()]
+        flags = [f"-isystem{path}" for path in includes]
+    else:
+        flags = [f"-isystem{torch_folder() / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
+    levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"scalar": ()}
+    units = []
+    for source in ext.sources:
+        name = source.replace("/", "_")
+        if source.endswith("_kernels.cpp"):
+            for level, isa in levels.items():
+                own = (f"-DVD_ISA={level}", *KERNEL_FLAGS, *isa)
+                units.append(Unit(source, f"{name}.{level}.o", own))
+        else:
+            units.append(Unit(source, f"{name}.o", tuple(flags)))
+    return units
+
+
+def compile_flags() -> list[str]:
     return [
         f"-std={CXX_STANDARD}",
-        "-O3",
+        "-O2",
         "-fPIC",
         "-fvisibility=hidden",
         "-Wall",
         "-Wextra",
         f"-I{ROOT / 'csrc'}",
-        *(f"-isystem{path}" for path in includes),
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
 
 
-def link_flags() -> list[str]:
+def link_flags(ext: Extension) -> list[str]:
     # On macOS the interpreter brings Python's symbols when the module is loaded; -s drops the
-    # symbol table, which nothing reads.
+    # symbol table, which nothing reads. torch's own library is loaded when ours is.
     darwin = ["-bundle", "-undefined", "dynamic_lookup"]
     flags = darwin if sys.platform == "darwin" else ["-shared", "-s"]
+    if not ext.name.endswith("._C"):
+        flags += [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
     return [*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
 
@@ -76,17 +140,18 @@ def ninja_plan(ext: Extension, target: Path, version: str) -> str:
     compile_command = ninja_command([*compiler(), *compile_flags(), f'-DVD_VERSION="{version}"'])
     lines = [
         "rule compile",
-        f"  command = {compile_command} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compile_command} $flags -MMD -MF $out.d -c $in -o $out",
         "  deps = gcc",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {ninja_command(compiler())} $in {ninja_command(link_flags())} -o $out",
+        f"  command = {ninja_command(compiler())} $in {ninja_command(link_flags(ext))} -o $out",
     ]
-    objects = []
-    for source in ext.sources:
-        objects.append(source.replace("/", "_") + ".o")
-        lines.append(f"build {objects[-1]}: compile {escape_path(str(ROOT / source))}")
-    lines.append(f"build {escape_path(str(target))}: link {' '.join(objects)}")
+    units = units_of(ext)
+    for unit in units:
+        lines.append(f"build {unit.object}: compile {escape_path(str(ROOT / unit.source))}")
+        lines.append(f"  flags = {ninja_command(list(unit.flags))}")
+    objects = " ".join(unit.object for unit in units)
+    lines.append(f"build {escape_path(str(target))}: link {objects}")
     return "\n".join(lines) + "\n"
 
 
@@ -117,15 +182,19 @@ class BuildCompiled(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         reason = self.try_build(ext, target)
-        # An editable install loads the module from the source folder, whereto setuptools copies it.
+        # An editable install loads the library from the source folder; setuptools copies it there.
         package = ROOT / "vd_kernels" if self.inplace or self.editable_mode else target.parent
         package.mkdir(parents=True, exist_ok=True)
         if reason:
             for stale in (target, package / target.name):
                 stale.unlink(missing_ok=True)
-            print(f"vd_kernels._C was not built: {reason}", file=sys.stderr)
-        record = {"built": not reason, "reason": reason}
-        (package / "_build_info.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+            print(f"{ext.name} was not built: {reason}", file=sys.stderr)
+        path = package / "_build_info.json"
+        record = {}
+        if ext is not self.extensions[0]:  # the first one begins a new record
+            record = json.loads(path.read_text(encoding="utf-8"))
+        record[ext.name.rpartition(".")[2]] = reason
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def try_build(self, ext: Extension, target: Path) -> str:
         """Empty when built, else why not."""
@@ -133,7 +202,7 @@ class BuildCompiled(build_ext):
         if wanted == "0":
             return "VD_BUILD_CPP=0 when it was installed"
         try:
-            folder = Path(self.build_temp).resolve()
+            folder = Path(self.build_temp).resolve() / ext.name
             compile_extension(ext, target, folder, self.distribution.get_version())
         except BuildError as error:
             if wanted == "1":
@@ -144,14 +213,19 @@ class BuildCompiled(build_ext):
         return ""
 
 
+COMMON = ["csrc/common/cpu_isa.cpp"]
+KERNELS = [
+    f"csrc/{operator}/{file}"
+    for operator in OPERATORS
+    for file in ("cpu.cpp", "cpu_kernels.cpp")
+    if (ROOT / "csrc" / operator / file).exists()
+]
 setup(
     cmdclass={"build_ext": BuildCompiled},
     ext_modules=[
+        Extension("vd_kernels._C", sources=["csrc/common/bindings.cpp", *COMMON], optional=True),
         Extension(
-            "vd_kernels._C",
-            sources=["csrc/common/bindings.cpp", "csrc/common/cpu_isa.cpp"],
-            depends=["csrc/common/cpu_isa.h"],
-            optional=True,
-        )
+            "vd_kernels._cpu", sources=["csrc/common/levels.cpp", *COMMON, *KERNELS], optional=True
+        ),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,41 @@ def check_mask(name: str, mask: object) -> None:
         raise TypeError(f"{name} must be a bool tensor (True where real), got {given}")
 
 
+_passed: set[tuple] = set()
+
+
+def check_once(check: Callable[..., None], *arguments: object) -> None:
+    """Call `check(*arguments)`, unless arguments alike in all that it looks at have passed.
+
+    It may look at shapes, dtypes and devices of tensors, not at their values, and at other
+    arguments as they are. Looking a signature up takes a fraction of the time of checking it.
+    """
+    if torch.compiler.is_compiling():  # sizes are symbols then, and the check is traced once
+        return check(*arguments)
+    signature = (
+        check,
+        # With its type, as 1 == 1.0 == True.
+        *[
+            x
+            if x is None
+            else (x.shape, x.dtype, x.device)
+            if isinstance(x, Tensor)
+            else (type(x), x)
+            for x in arguments
+        ],
+    )
+    try:
+        if signature in _passed:
+            return None
+    except TypeError:  # a list is no key
+        return check(*arguments)
+    check(*arguments)
+    if len(_passed) >= 4096:  # a service with ever new sizes must not grow
+        _passed.clear()
+    _passed.add(signature)
+    return None
+
+
 def check_choice(name: str, given: object, allowed: Sequence[str]) -> None:
     """ValueError unless `given` is one of the allowed words."""
     if given not in allowed:
@@ -106,14 +141,22 @@ def may_read_values(tensor: Tensor) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def autocast(tensor: object) -> object:
-    """A tensor in autocast's dtype where autocast is on; float64 is left alone, as torch does."""
-    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING[:3]:
-        return tensor
-    device = tensor.device.type
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors in autocast's dtype where autocast is on; float64 is left alone, as torch does."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATING[:3] else x for x in tensors
+    )
+
+
+def rows_contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, copied if its last dimension is not contiguous: compiled kernels read rows."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.contiguous()
 
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager:

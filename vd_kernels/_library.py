@@ -35,6 +35,15 @@ def define(schema: str, kernel: Callable, fake: Callable) -> None:
     torch.library.register_vmap(f"vd::{name}", no_vmap, lib=_LIBRARY)
 
 
+def define_private(schema: str) -> None:
+    """Define vd::<name> for a compiled backend, which adds the kernel when it is loaded.
+
+    Args:
+        schema: As in `define`; results are arguments that are written to, "Tensor(a!) out".
+    """
+    _LIBRARY.define(schema)
+
+
 def differentiable(name: str, backward: Callable, setup_context: Callable) -> None:
     """Give vd::<name> its gradient; see `torch.library.register_autograd`."""
     torch.library.register_autograd(
@@ -52,3 +61,17 @@ def once_differentiable(name: str) -> None:
         )
 
     differentiable(name, refuse, lambda ctx, inputs, output: None)
+
+
+def is_observed() -> bool:
+    """Whether anything but the kernel takes part in a call: autograd, a transform, a tracer.
+
+    When not, an operator's public function may call the kernel itself: the way through the
+    dispatcher into Python would take longer than a small call's work.
+    """
+    return (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

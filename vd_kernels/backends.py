@@ -14,17 +14,20 @@ import importlib.util
 import json
 import os
 import platform
+import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vd_kernels._version import __version__
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 _BUILD_RECORD = Path(__file__).with_name("_build_info.json")
+_CPU_KERNELS = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,13 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.pop()
 
 
-def choose(operation: str, implementations: Mapping[str, Callable]) -> Callable:
+def choose(operation: str, implementations: Mapping[str, Callable], tensor: Tensor) -> Callable:
     """The implementation of an operation that is to run now.
 
     Args:
         operation: For the message.
-        implementations: By backend, the fastest first.
+        implementations: By backend, the fastest first; the last one takes everything.
+        tensor: Its device and dtype decide which can run.
 
     Raises:
         RuntimeError: The user chose a backend that the operation does not have here.
@@ -109,15 +113,30 @@ def choose(operation: str, implementations: Mapping[str, Callable]) -> Callable:
     """
     name = _chosen[-1] if _chosen else os.environ.get("VD_BACKEND")
     if not name:
-        return next(iter(implementations.values()))
-    if (found := implementations.get(name)) is not None:
-        return found
+        for name, found in implementations.items():
+            if not _refuses(name, tensor):
+                return found
     _check_name("VD_BACKEND", name)
-    lacks = "; ".join(_INSPECT[name]()[1]) or "it has no implementation of it"
+    found = implementations.get(name)
+    if found and not (lacks := _refuses(name, tensor)):
+        return found
+    if not found:
+        lacks = "; ".join(_INSPECT[name]()[1]) or "it has no implementation of it"
     raise RuntimeError(
         f"{operation} cannot run on backend {name!r}: {lacks}. Choose another with VD_BACKEND or "
         "vd_kernels.use_backend, or leave the choice to each operator"
     )
+
+
+def _refuses(name: str, tensor: Tensor) -> str:
+    """Why a backend cannot take a tensor; empty when it can."""
+    if name == "reference":
+        return ""
+    if not tensor.is_cpu:
+        return f"it takes tensors on the CPU, got one on {tensor.device}"
+    if tensor.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16; float64 runs on the reference"
+    return load_cpu_kernels()
 
 
 def _check_name(source: str, name: str) -> None:
@@ -154,13 +173,32 @@ def load_compiled() -> tuple[types.ModuleType | None, str]:
     try:
         return importlib.import_module("vd_kernels._C"), ""
     except ImportError as error:
-        return None, _build_failure() or f"vd_kernels._C cannot be loaded: {error}"
+        return None, _build_failure("_C") or f"vd_kernels._C cannot be loaded: {error}"
 
 
-def _build_failure() -> str:
-    """Why setup.py did not build the module; empty when it built it or left no record."""
+@functools.lru_cache(maxsize=1)
+def load_cpu_kernels() -> str:
+    """Load the C++ kernels, which adds their private operators to torch. Why not, or "".
+
+    The first call decides: a failure is remembered with its cause.
+    """
+    path = _CPU_KERNELS
+    if not path.exists():
+        return _build_failure("_cpu") or f"{path.name} is missing beside vd_kernels: install again"
     try:
-        reason = json.loads(_BUILD_RECORD.read_text(encoding="utf-8"))["reason"]
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        return (
+            f"{path.name} cannot be loaded into torch {torch.__version__}, perhaps as it was built "
+            f"for another one ({error}): install again to build it anew"
+        )
+    return ""
+
+
+def _build_failure(library: str) -> str:
+    """Why setup.py did not build a library; empty when it built it or left no record."""
+    try:
+        reason = json.loads(_BUILD_RECORD.read_text(encoding="utf-8"))[library]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return f"not built: {reason}" if reason else ""
@@ -216,9 +254,8 @@ def _reference() -> tuple[str, tuple[str, ...]]:
 
 
 def _cpp() -> tuple[str, tuple[str, ...]]:
-    lacks = ["no operator has a C++ implementation in this version"]
-    _, reason = load_compiled()
-    return "CPU", tuple(lacks + ([reason] if reason else []))
+    reason = load_cpu_kernels()
+    return "CPU", (reason,) if reason else ()
 
 
 def _cuda() -> tuple[str, tuple[str, ...]]:

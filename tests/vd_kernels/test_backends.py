@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from vd_kernels import backends
+from vd_kernels import backends, language_gate, use_backend
 from vd_kernels.__main__ import render
 from vd_kernels._version import __version__
 
 
 @pytest.fixture
-def without_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "vd_kernels._C", None)
-    backends.load_compiled.cache_clear()
+    monkeypatch.setattr(backends, "_CPU_KERNELS", tmp_path / "_cpu.so")
+    for load in (backends.load_compiled, backends.load_cpu_kernels):
+        load.cache_clear()
     yield
-    backends.load_compiled.cache_clear()
+    for load in (backends.load_compiled, backends.load_cpu_kernels):
+        load.cache_clear()
 
 
 def by_name(found: backends.Explanation) -> dict[str, backends.Backend]:
@@ -60,17 +63,17 @@ def test_explaining_does_not_initialise_cuda() -> None:
 @pytest.mark.usefixtures("without_compiled")
 def test_failed_build_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     record = tmp_path / "_build_info.json"
-    record.write_text('{"built": false, "reason": "g++: not found"}', encoding="utf-8")
+    record.write_text('{"_C": "g++: not found", "_cpu": "torch is missing"}', encoding="utf-8")
     monkeypatch.setattr(backends, "_BUILD_RECORD", record)
     found = backends.explain()
     assert found.compiled == {}
     assert found.compiled_reason == "not built: g++: not found"
-    assert found.compiled_reason in by_name(found)["cpp"].lacks
+    assert by_name(found)["cpp"].lacks == ("not built: torch is missing",)
     assert "not built: g++: not found" in render(found)
 
 
 @pytest.mark.usefixtures("without_compiled")
-@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"built": true, "reason": ""}'])
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"_C": "", "_cpu": ""}'])
 def test_missing_or_damaged_record_leaves_the_import_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
 ) -> None:
@@ -78,7 +81,29 @@ def test_missing_or_damaged_record_leaves_the_import_error(
     if text is not None:
         record.write_text(text, encoding="utf-8")
     monkeypatch.setattr(backends, "_BUILD_RECORD", record)
-    assert "vd_kernels._C cannot be loaded" in backends.explain().compiled_reason
+    found = backends.explain()
+    assert "vd_kernels._C cannot be loaded" in found.compiled_reason
+    assert "_cpu.so is missing" in by_name(found)["cpp"].lacks[0]
+
+
+@pytest.mark.usefixtures("without_compiled")
+def test_a_library_that_torch_cannot_load_is_told_and_left_aside(tmp_path: Path) -> None:
+    (tmp_path / "_cpu.so").write_bytes(b"not a library")
+    (lack,) = by_name(backends.explain())["cpp"].lacks
+    assert "_cpu.so cannot be loaded into torch" in lack and "install again" in lack
+    x = torch.randn(1, 2, 1, 4)
+    assert language_gate(x, x).shape == (1, 2, 1)  # the reference takes over
+    with use_backend("cpp"), pytest.raises(RuntimeError, match=r"_cpu\.so cannot be loaded"):
+        language_gate(x, x)
+
+
+def test_a_backend_says_which_tensors_it_takes() -> None:
+    if not by_name(backends.explain())["cpp"].available:
+        pytest.skip("the C++ kernels are not built here")
+    x = torch.randn(1, 2, 1, 4, dtype=torch.float64)
+    with use_backend("cpp"), pytest.raises(RuntimeError, match="float64 runs on the reference"):
+        language_gate(x, x)
+    assert language_gate(x, x).dtype == torch.float64
 
 
 def test_command_prints_an_aligned_table() -> None:

@@ -49,13 +49,15 @@ def test_import_is_light() -> None:
     assert probe["seconds"] < 0.3
 
 
-def test_import_needs_neither_triton_nor_the_compiled_module() -> None:
+def test_import_needs_neither_triton_nor_the_compiled_libraries() -> None:
     code = """
-import sys
+import pathlib, sys
 sys.modules["triton"] = None           # makes every import of it fail
 sys.modules["vd_kernels._C"] = None
 import vd_kernels
+from vd_kernels import backends
 from vd_kernels.backends import explain
+backends._CPU_KERNELS = pathlib.Path("no such library")
 found = explain()
 print([backend.name for backend in found.backends if backend.available], found.compiled)
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vd_kernels import _library
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -12,11 +13,12 @@ from vd_kernels._checks import (
     check_floating,
     check_mask,
     check_number,
+    check_once,
     check_same_kind,
     check_shape,
     refuse_forward_mode,
 )
-from vd_kernels.language_gate import op  # noqa: F401  (defines torch.ops.vd.language_gate)
+from vd_kernels.language_gate import op
 
 REDUCTIONS = ("softmax", "max", "mean")
 
@@ -82,13 +84,12 @@ def language_gate(
         (torch.Size([2, 36, 4, 32]), torch.Size([2, 36, 4]))
     """
     refuse_forward_mode("language_gate", query, key, value, gate_value, bias)
-    query, key, value, gate_value = map(autocast, (query, key, value, gate_value))
-    _check(query, key, value, gate_value, key_mask, bias, scale, reduction)
+    query, key, value, gate_value = autocast(query, key, value, gate_value)
+    check_once(_check, query, key, value, gate_value, key_mask, bias, scale, reduction)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    run = torch.ops.vd.language_gate.default if _library.is_observed() else op.run
     need_gate = return_gate or value is None
-    gated, gate = torch.ops.vd.language_gate(
-        query, key, value, gate_value, key_mask, bias, scale, reduction, need_gate
-    )
+    gated, gate = run(query, key, value, gate_value, key_mask, bias, scale, reduction, need_gate)
     if value is None:
         return gate
     return (gated, gate) if return_gate else gated

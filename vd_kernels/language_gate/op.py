@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from vd_kernels import _library, backends
+from vd_kernels._checks import rows_contiguous
 from vd_kernels.language_gate import reference
 
-FORWARD: dict[str, Callable] = {"reference": reference.forward}
-BACKWARD: dict[str, Callable] = {"reference": reference.backward}
-"""By backend, the fastest first."""
+_REDUCTIONS = {"softmax": 0, "max": 1, "mean": 2}
+"""As the C++ counts them."""
 
 
-def _forward(
+def _forward_cpp(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
@@ -26,11 +26,78 @@ def _forward(
     scale: float,
     reduction: str,
     need_gate: bool,
-) -> tuple[Tensor, Tensor]:
-    run = backends.choose("language_gate", FORWARD)
-    out, gate = run(query, key, value, gate_value, key_mask, bias, scale, reduction)
-    out = query.new_empty(0) if out is None else out.contiguous()
-    return out, gate.contiguous() if need_gate else query.new_empty(0)
+) -> tuple[Tensor | None, Tensor | None]:
+    out = None if value is None else value.new_empty(value.shape)
+    gate = None
+    if need_gate:
+        channels = () if gate_value is None else gate_value.shape[3:]
+        gate = query.new_empty(*query.shape[:3], *channels)
+    torch.ops.vd._language_gate_cpp.default(
+        *_cpp_arguments(query, key, value, gate_value, key_mask, bias, scale, reduction), out, gate
+    )
+    return out, gate
+
+
+def _backward_cpp(
+    grad_out: Tensor | None,
+    grad_gate: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    gate_value: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    reduction: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    grads = [
+        x.new_empty(x.shape) if needed else None
+        for x, needed in zip((query, key, value, gate_value), needs[:4], strict=True)
+    ]
+    grad_bias = torch.empty(bias.shape) if needs[4] else None  # sums are in float32
+    torch.ops.vd._language_gate_backward_cpp.default(
+        rows_contiguous(grad_out),
+        grad_gate if gate_value is None else rows_contiguous(grad_gate),
+        *_cpp_arguments(query, key, value, gate_value, key_mask, bias, scale, reduction),
+        *grads,
+        grad_bias,
+    )
+    return *grads, None if grad_bias is None else grad_bias.to(bias.dtype)
+
+
+def _cpp_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    gate_value: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    reduction: str,
+) -> tuple[Any, ...]:
+    return (
+        *map(rows_contiguous, (query, key, value, gate_value)),
+        None if key_mask is None else key_mask.contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        scale,
+        _REDUCTIONS[reduction],
+    )
+
+
+FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": reference.forward}
+BACKWARD: dict[str, Callable] = {"cpp": _backward_cpp, "reference": reference.backward}
+"""By backend, the fastest first."""
+
+
+def run(query: Tensor, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    """What was asked for, by the backend that is to run now."""
+    out, gate = backends.choose("language_gate", FORWARD, query)(query, *arguments)
+    return out if out is None else out.contiguous(), gate if gate is None else gate.contiguous()
+
+
+def _forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return tuple(query.new_empty(0) if x is None else x for x in run(query, *arguments))
 
 
 def _fake(
@@ -64,7 +131,7 @@ def _backward(
     reduction: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    run = backends.choose("language_gate", BACKWARD)
+    run = backends.choose("language_gate", BACKWARD, query)
     grads = run(
         grad_out, grad_gate, query, key, value, gate_value, key_mask, bias, scale, reduction, needs
     )
@@ -94,6 +161,15 @@ def _backward_fake(
 _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor? value, Tensor? gate_value, Tensor? key_mask, Tensor? bias, "
     "float scale, str reduction"
+)
+_CPP = _ARGUMENTS.replace("str reduction", "int reduction")
+_library.define_private(
+    f"_language_gate_cpp({_CPP}, Tensor(a!)? out, Tensor(b!)? gate) -> ()",
+)
+_library.define_private(
+    f"_language_gate_backward_cpp(Tensor? grad_out, Tensor? grad_gate, {_CPP}, "
+    "Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, "
+    "Tensor(d!)? grad_gate_value, Tensor(e!)? grad_bias) -> ()"
 )
 _library.define(
     f"language_gate({_ARGUMENTS}, bool need_gate) -> (Tensor, Tensor)", kernel=_forward, fake=_fake

@@ -19,8 +19,9 @@ def forward(
     bias: Tensor | None,
     scale: float,
     reduction: str,
-) -> tuple[Tensor | None, Tensor]:
-    """g ⊙ value in value's dtype, None without value, and g in query's; shapes as in the api."""
+    need_gate: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """g ⊙ value in value's dtype and g in query's, each if asked for; shapes as in the api."""
     with full_precision(query):
         inside = _Inside(query, key, gate_value, key_mask, bias, scale, reduction)
         gate = inside.gate
@@ -28,7 +29,7 @@ def forward(
         if value is not None:
             per_channel = gate if gate_value is not None else gate.unsqueeze(-1)
             out = (per_channel * value).to(value.dtype)
-        return out, gate.to(query.dtype)
+        return out, gate.to(query.dtype) if need_gate else None
 
 
 def backward(

@@ -1,0 +1,113 @@
+// Products of small matrices that lie in a core's cache.
+#pragma once
+
+#include "common/simd.h"
+
+namespace vd {
+namespace VD_ISA {
+
+// Registers of a tile: kTileRows * kTileVectors sums, kTileVectors of b, one of a.
+constexpr int kTileVectors = 2;
+constexpr int kTileRows = kLanes == 16 ? 12 : 6;
+
+// Element (i, p) of a lies at a[i * row + p * col].
+struct Strides {
+  int64_t row;
+  int64_t col;
+};
+
+template <int kRows, int kVectors>
+VD_INLINE void tile(int64_t k, const float* a, Strides sa, const float* b, int64_t sb, float* c,
+                    int64_t sc, bool add) {
+  F sums[kRows][kVectors];
+  VD_UNROLL for (int i = 0; i < kRows; ++i) {
+    VD_UNROLL for (int v = 0; v < kVectors; ++v) sums[i][v] = add ? load(c + i * sc + v * kLanes) : F{};
+  }
+  for (int64_t p = 0; p < k; ++p) {
+    F row[kVectors];
+    VD_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(b + p * sb + v * kLanes);
+    VD_UNROLL for (int i = 0; i < kRows; ++i) {
+      const F x = broadcast(a[i * sa.row + p * sa.col]);
+      VD_UNROLL for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(x, row[v], sums[i][v]);
+    }
+  }
+  VD_UNROLL for (int i = 0; i < kRows; ++i) {
+    VD_UNROLL for (int v = 0; v < kVectors; ++v) store(c + i * sc + v * kLanes, sums[i][v]);
+  }
+}
+
+template <int kRows, int kVectors>
+void rows_left(int64_t m, int64_t k, const float* a, Strides sa, const float* b, int64_t sb,
+               float* c, int64_t sc, bool add) {
+  if (m == kRows) return tile<kRows, kVectors>(k, a, sa, b, sb, c, sc, add);
+  if constexpr (kRows > 1) rows_left<kRows - 1, kVectors>(m, k, a, sa, b, sb, c, sc, add);
+}
+
+template <int kVectors>
+void columns(int64_t m, int64_t k, const float* a, Strides sa, const float* b, int64_t sb, float* c,
+             int64_t sc, bool add) {
+  int64_t i = 0;
+  for (; i + kTileRows <= m; i += kTileRows) {
+    tile<kTileRows, kVectors>(k, a + i * sa.row, sa, b, sb, c + i * sc, sc, add);
+  }
+  if (i < m) {
+    rows_left<kTileRows - 1, kVectors>(m - i, k, a + i * sa.row, sa, b, sb, c + i * sc, sc, add);
+  }
+}
+
+// c [m,n] = a [m,k] b [k,n], or c += with `add`. Rows of b and c are sb and sc floats apart and hold
+// n rounded up to kLanes; what c gets there is of no meaning. Each sum runs over p in order.
+inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, Strides sa, const float* b,
+                 int64_t sb, float* c, int64_t sc, bool add) {
+  int64_t j = 0;
+  for (; j + kLanes < n; j += kTileVectors * kLanes) {
+    columns<kTileVectors>(m, k, a, sa, b + j, sb, c + j, sc, add);
+  }
+  if (j < n) columns<1>(m, k, a, sa, b + j, sb, c + j, sc, add);
+}
+
+#if VD_INTRINSICS
+constexpr int kSquare = 8;
+
+// Eight rows of eight floats become columns.
+VD_INLINE void transpose_square(const float* from, int64_t sf, float* to, int64_t st) {
+  __m256 r[8], s[8];
+  VD_UNROLL for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * sf);
+  VD_UNROLL for (int i = 0; i < 8; i += 2) {
+    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  VD_UNROLL for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+  }
+  VD_UNROLL for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * st, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * st, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#else
+constexpr int kSquare = 4;
+
+VD_INLINE void transpose_square(const float* from, int64_t sf, float* to, int64_t st) {
+  VD_UNROLL for (int i = 0; i < kSquare; ++i) {
+    VD_UNROLL for (int j = 0; j < kSquare; ++j) to[j * st + i] = from[i * sf + j];
+  }
+}
+#endif
+
+// to [n,m] = the transpose of from [m,n], both rounded up to whole vectors: there is room for that,
+// and what lies beyond m and n goes to where it is of no meaning either. sf and st are the distances
+// of their rows.
+inline void transpose(int64_t m, int64_t n, const float* from, int64_t sf, float* to, int64_t st) {
+  for (int64_t i = 0; i < round_up(m, kLanes); i += kSquare) {
+    for (int64_t j = 0; j < round_up(n, kLanes); j += kSquare) {
+      transpose_square(from + i * sf + j, sf, to + j * st + i, st);
+    }
+  }
+}
+
+}  // namespace VD_ISA
+}  // namespace vd

@@ -1,0 +1,50 @@
+#include "common/levels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace vd {
+
+namespace {
+
+bool compiled(IsaLevel level) {
+#if defined(__x86_64__)
+  return level <= IsaLevel::kAvx512;
+#else
+  return level == IsaLevel::kScalar;
+#endif
+}
+
+std::string runnable(const CpuFeatures& features) {
+  std::string names;
+  for (const IsaLevel level : kIsaLevels) {
+    if (!compiled(level) || !supports(features, level)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(isa_level_name(level));
+  }
+  return names;
+}
+
+}  // namespace
+
+IsaLevel level_to_run() {
+  static const CpuFeatures features = detect_cpu_features();
+  static const IsaLevel best = [] {
+    IsaLevel found = IsaLevel::kScalar;
+    for (const IsaLevel level : kIsaLevels) {
+      if (compiled(level) && supports(features, level)) found = level;
+    }
+    return found;
+  }();
+  const char* wanted = std::getenv("VD_CPU_ISA");
+  if (!wanted || !*wanted) return best;
+  for (const IsaLevel level : kIsaLevels) {
+    if (std::strcmp(wanted, isa_level_name(level)) != 0) continue;
+    if (compiled(level) && supports(features, level)) return level;
+  }
+  throw std::runtime_error("VD_CPU_ISA must be one of " + runnable(features) + ", got \"" +
+                           wanted + "\"");
+}
+
+}  // namespace vd

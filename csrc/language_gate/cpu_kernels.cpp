@@ -1,0 +1,464 @@
+// language_gate for one instruction set: forward and backward on a few tokens of one head at a time.
+#include "language_gate/cpu_kernels.h"
+
+#include "common/carve.h"
+#include "common/gemm.h"
+#include "common/softmax.h"
+
+namespace vd {
+namespace VD_ISA {
+namespace {
+
+using language_gate::Arguments;
+using language_gate::kBlock;
+using language_gate::kHeads;
+using language_gate::Packing;
+using language_gate::Reduction;
+using language_gate::Tokens;
+using language_gate::Unpacking;
+
+template <typename T>
+VD_INLINE const T* at(const Tokens& x, int64_t b, int64_t l, int64_t h) {
+  return static_cast<const T*>(x.data) + b * x.batch + l * x.token + h * x.head;
+}
+
+// Floats of some tokens of one head: where they lie if they can be read as they are, else a copy.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// `vectors`: whether whole vectors will be read, not floats one by one. `room` holds
+// rows * (width rounded up).
+template <typename T>
+VD_INLINE Rows as_floats(const T* from, int64_t stride, int64_t rows, int64_t width, bool vectors,
+                         float* room) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (!vectors || width % kLanes == 0) return {from, stride};
+  }
+  const int64_t step = round_up(width, kLanes);
+  for (int64_t i = 0; i < rows; ++i) load_row(from + i * stride, width, room + i * step);
+  return {room, step};
+}
+
+// What both passes need of the scratch memory, for kBlock tokens of one head.
+struct Room {
+  int64_t width, channels;  // rounded up to whole vectors
+  Carver carve;
+  float *query, *rows;
+  float *scores, *shares;  // [tokens of the question, kBlock]: a visual token to a column
+  float *reduced, *gate;
+
+  Room(const Arguments& g, float* scratch)
+      : width(round_up(g.width, kLanes)),
+        channels(round_up(g.channels, kLanes)),
+        carve(scratch),
+        query(carve.take(kBlock * width)),
+        rows(carve.take(kBlock * g.padded)),
+        scores(carve.take(g.padded * kBlock)),
+        shares(carve.take(g.padded * kBlock)),
+        reduced(carve.take(kBlock)),
+        gate(carve.take(kBlock * channels)) {}
+};
+
+int64_t forward_scratch(const Arguments& g) { return Room(g, nullptr).carve.used(); }
+
+VD_INLINE void sigmoid_row(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) store(x + i, sigmoid(load(x + i)));
+}
+
+// out = gate * value for one row; `gate` holds one float or, per channel, as many as the row.
+template <typename T>
+VD_INLINE void scale_row(const T* value, const float* gate, bool per_channel, int64_t n, T* out,
+                         bool around_cache) {
+  int64_t i = 0;
+  const F one = broadcast(gate[0]);
+  if (around_cache) {
+    for (; i < n; i += kLanes) {
+      stream(out + i, load(value + i) * (per_channel ? load(gate + i) : one));
+    }
+    return;
+  }
+  for (; i + kLanes <= n; i += kLanes) {
+    store(out + i, load(value + i) * (per_channel ? load(gate + i) : one));
+  }
+  for (; i < n; ++i) narrow(widen(value[i]) * gate[per_channel ? i : 0], out + i);
+}
+
+// p = softmax of the scores of kLanes tokens; r = sum of p s.
+VD_INLINE F softmax_columns(const float* s, int64_t n, float* p) {
+  for (int64_t j = 0; j < n; ++j) store(p + j * kBlock, load(s + j * kBlock));
+  const ColumnSums sums = exponentials<true, true>(p, n, kBlock);
+  const F share = 1.0f / sums.sum;
+  for (int64_t j = 0; j < n; ++j) store(p + j * kBlock, load(p + j * kBlock) * share);
+  return sums.weighted * share;
+}
+
+// Of `rows` tokens the scores, p where `keep` or the gate is per channel, r, and the gate: [rows], or
+// per channel [rows,Dv'].
+inline void gate_of(const Arguments& g, const Room& room, int64_t b, int64_t h, const Rows& query,
+                    int64_t rows, bool keep) {
+  const int64_t n = g.count[b], head = b * g.heads + h, channels = room.channels;
+  if (n > 0) {
+    const int64_t padded = round_up(n, kLanes);
+    gemm(rows, n, g.width, query.data, {query.stride, 1},
+         g.key_columns + head * room.width * g.padded, g.padded, room.rows, padded, false);
+    transpose(rows, n, room.rows, padded, room.scores, kBlock);
+  }
+  if (g.per_channel) {
+    for (int64_t i = 0; n > 0 && i < rows; i += kLanes) {
+      softmax_columns(room.scores + i, n, room.shares + i);
+    }
+    gemm(rows, g.channels, n, room.shares, {1, kBlock}, g.gate_value + head * g.padded * channels,
+         channels, room.gate, channels, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* gate = room.gate + i * channels;
+      for (int64_t c = 0; g.bias && c < g.channels; ++c) gate[c] += g.bias[h * g.channels + c];
+      sigmoid_row(gate, channels);
+    }
+    return;
+  }
+  const F bias = broadcast(g.bias ? g.bias[h] : 0.0f);
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    float* s = room.scores + i;
+    F reduced = {};
+    if (n > 0 && g.reduction == Reduction::kSoftmax && keep) {
+      reduced = softmax_columns(s, n, room.shares + i);
+    } else if (n > 0 && g.reduction == Reduction::kSoftmax) {
+      const ColumnSums sums = exponentials<false, true>(s, n, kBlock);
+      reduced = sums.weighted / sums.sum;
+    } else if (n > 0) {
+      reduced = load(s);
+      for (int64_t j = 1; j < n; ++j) reduced = max(load(s + j * kBlock), reduced);
+    }
+    store(room.reduced + i, reduced);
+    store(room.gate + i, sigmoid(reduced + bias));
+  }
+}
+
+// Asks for the block of rows that comes next, if it does: they lie too far apart for the processor to
+// foresee.
+template <typename T>
+VD_INLINE void fetch_next(const Arguments& g, const Tokens& x, int64_t b, int64_t first, int64_t h,
+                          int64_t width) {
+  if (h == g.heads || !x.data) return;
+  const int64_t end = first + kBlock < g.length ? first + kBlock : g.length;
+  for (int64_t i = first; i < end; ++i) fetch(at<T>(x, b, i, h), width);
+}
+
+template <typename T>
+void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
+  const int64_t blocks = (g.length + kBlock - 1) / kBlock;
+  const Room room(g, scratch);
+  T* const out = static_cast<T*>(g.out);
+  T* const gate_out = static_cast<T*>(g.gate);
+  const bool around = g.stream && g.out && can_stream(out, g.channels);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t b = block / blocks, first = block % blocks * kBlock;
+    const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
+    for (int64_t h = 0; h < g.heads; ++h) {
+      const Rows query = as_floats(at<T>(g.query, b, first, h), g.query.token, rows, g.width, false,
+                                   room.query);
+      fetch_next<T>(g, g.value, b, first, h + 1, g.channels);
+      gate_of(g, room, b, h, query, rows, false);
+      fetch_next<T>(g, g.query, b, first, h + 1, g.width);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = (b * g.length + first + i) * g.heads + h;
+        const float* own = room.gate + i * (g.per_channel ? room.channels : 1);
+        if (g.out) {
+          scale_row(at<T>(g.value, b, first + i, h), own, g.per_channel, g.channels,
+                    out + row * g.channels, around);
+        }
+        if (g.gate && g.per_channel) {
+          store_row(own, g.channels, 1.0f, gate_out + row * g.channels);
+        } else if (g.gate) {
+          narrow(*own, gate_out + row);
+        }
+      }
+    }
+  }
+  finish_streams();
+}
+
+// Backward's own part of the scratch memory.
+struct GradientRoom : Room {
+  float *grad_shares, *grad_query, *grad_gate;
+
+  GradientRoom(const Arguments& g, float* scratch)
+      : Room(g, scratch),
+        grad_shares(carve.take(g.padded * kBlock)),
+        grad_query(carve.take(kBlock * width)),
+        grad_gate(carve.take(kBlock * channels)) {}
+};
+
+int64_t backward_scratch(const Arguments& g) { return GradientRoom(g, nullptr).carve.used(); }
+
+// dL/ds of kLanes tokens from their dL/dr: in `grads`, which holds p if the reduction is a softmax.
+VD_INLINE void scores_gradient(Reduction reduction, const float* s, F reduced, F grad, int64_t n,
+                               float* grads) {
+  if (reduction == Reduction::kSoftmax) {
+    // dr/ds_j = p_j (1 + s_j - r)
+    const F shift = 1.0f - reduced;
+    for (int64_t j = 0; j < n; ++j) {
+      const F p = load(grads + j * kBlock);
+      store(grads + j * kBlock, grad * p * (load(s + j * kBlock) + shift));
+    }
+    return;
+  }
+  // The first of the largest takes it all. Of a mean, packed as one token, that is the only one.
+  for (int64_t j = 0; j < n; ++j) {
+    const I here = load(s + j * kBlock) == reduced;
+    store(grads + j * kBlock, select(here, grad, F{}));
+    grad = select(here, F{}, grad);
+  }
+}
+
+// Where a head's sums over one part of L go, those that are wanted.
+struct HeadSums {
+  float *key, *gate_value, *bias;
+
+  HeadSums(const Arguments& g, const Room& room, int64_t b, int64_t h, int64_t part) {
+    const int64_t chunk = (b * g.heads + h) * g.chunks + part;
+    const auto at_chunk = [&](float* sums, int64_t each) {
+      return sums ? sums + chunk * each : nullptr;
+    };
+    key = at_chunk(g.grad_key, g.padded * room.width);
+    gate_value = at_chunk(g.grad_gate_value, g.padded * room.channels);
+    bias = at_chunk(g.grad_bias, g.per_channel ? room.channels : 1);
+  }
+
+  void clear(const Arguments& g, const Room& room) const {
+    for (int64_t i = 0; key && i < g.padded * room.width; ++i) key[i] = 0.0f;
+    for (int64_t i = 0; gate_value && i < g.padded * room.channels; ++i) gate_value[i] = 0.0f;
+    for (int64_t i = 0; bias && i < (g.per_channel ? room.channels : 1); ++i) bias[i] = 0.0f;
+  }
+};
+
+template <typename T>
+void backward_block(const Arguments& g, const GradientRoom& room, int64_t b, int64_t h,
+                    int64_t first, const HeadSums& sums) {
+  const int64_t width = room.width, channels = room.channels;
+  const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
+  const int64_t head = b * g.heads + h, n = g.count[b];
+  const int64_t gates = g.per_channel ? channels : 1;  // of one token and head
+  T* const to_query = static_cast<T*>(g.grad_query);
+  T* const to_value = static_cast<T*>(g.grad_value);
+  const bool around_query = g.stream && to_query && can_stream(to_query, g.width);
+  const bool around_value = g.stream && to_value && can_stream(to_value, g.channels);
+  const Rows query = as_floats(at<T>(g.query, b, first, h), g.query.token, rows, g.width, true,
+                               room.query);
+  fetch_next<T>(g, g.value, b, first, h + 1, g.channels);
+  gate_of(g, room, b, h, query, rows, true);
+  fetch_next<T>(g, g.query, b, first, h + 1, g.width);
+  fetch_next<T>(g, g.grad_out, b, first, h + 1, g.channels);
+
+  // dL/d logit, and dL/d value
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* own = room.gate + i * gates;
+    float* grad = room.grad_gate + i * gates;
+    for (int64_t c = 0; c < gates; ++c) grad[c] = 0.0f;
+    const int64_t row = (b * g.length + first + i) * g.heads + h;
+    if (g.grad_out.data) {
+      const T* grad_out = at<T>(g.grad_out, b, first + i, h);
+      const T* value = at<T>(g.value, b, first + i, h);
+      if (to_value) {
+        scale_row(grad_out, own, g.per_channel, g.channels, to_value + row * g.channels,
+                  around_value);
+      }
+      int64_t c = 0;
+      F sum = {};
+      for (; c + kLanes <= g.channels; c += kLanes) {
+        const F product = load(grad_out + c) * load(value + c);
+        if (g.per_channel) {
+          store(grad + c, product);
+        } else {
+          sum += product;
+        }
+      }
+      float rest = 0.0f;
+      for (; c < g.channels; ++c) {
+        const float product = widen(grad_out[c]) * widen(value[c]);
+        if (g.per_channel) {
+          grad[c] = product;
+        } else {
+          rest += product;
+        }
+      }
+      if (!g.per_channel) *grad = reduce_add(sum) + rest;
+    } else if (to_value) {
+      for (int64_t c = 0; c < g.channels; ++c) narrow(0.0f, to_value + row * g.channels + c);
+    }
+    if (g.grad_gate.data) {
+      const T* given = at<T>(g.grad_gate, b, first + i, h);
+      for (int64_t c = 0; c < (g.per_channel ? g.channels : 1); ++c) grad[c] += widen(given[c]);
+    }
+    for (int64_t c = 0; c < gates; ++c) {
+      grad[c] *= own[c] * (1.0f - own[c]);
+      if (sums.bias) sums.bias[c] += grad[c];
+    }
+  }
+  if (!to_query && !sums.key && !sums.gate_value) return;
+
+  if (n > 0 && g.per_channel) {
+    if (sums.gate_value) {
+      gemm(n, g.channels, rows, room.shares, {kBlock, 1}, room.grad_gate, channels, sums.gate_value,
+           channels, true);
+    }
+    const int64_t padded = round_up(n, kLanes);
+    gemm(rows, n, g.channels, room.grad_gate, {channels, 1},
+         g.gate_columns + head * channels * g.padded, g.padded, room.rows, padded, false);
+    transpose(rows, n, room.rows, padded, room.grad_shares, kBlock);
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      float* p = room.shares + i;
+      const float* grad = room.grad_shares + i;
+      F mean = {};
+      for (int64_t j = 0; j < n; ++j) {
+        mean = fma(load(p + j * kBlock), load(grad + j * kBlock), mean);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        store(p + j * kBlock, load(p + j * kBlock) * (load(grad + j * kBlock) - mean));
+      }
+    }
+  } else if (n > 0) {
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      scores_gradient(g.reduction, room.scores + i, load(room.reduced + i),
+                      load(room.grad_gate + i), n, room.shares + i);
+    }
+  }
+  if (sums.key && n > 0) {
+    gemm(n, g.width, rows, room.shares, {kBlock, 1}, query.data, query.stride, sums.key, width,
+         true);
+  }
+  if (!to_query) return;
+  // With no real token n is 0 and the product is 0.
+  gemm(rows, g.width, n, room.shares, {1, kBlock}, g.key + head * g.padded * width, width,
+       room.grad_query, width, false);
+  for (int64_t i = 0; i < rows; ++i) {
+    T* to = to_query + ((b * g.length + first + i) * g.heads + h) * g.width;
+    if (around_query) {
+      for (int64_t d = 0; d < g.width; d += kLanes) {
+        stream(to + d, load(room.grad_query + i * width + d));
+      }
+    } else {
+      store_row(room.grad_query + i * width, g.width, 1.0f, to);
+    }
+  }
+}
+
+template <typename T>
+void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
+  const GradientRoom room(g, scratch);
+  const int64_t blocks = (g.length + kBlock - 1) / kBlock;
+  const int64_t groups = (g.heads + kHeads - 1) / kHeads;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task % g.chunks, b = task / g.chunks / groups;
+    const int64_t first_head = task / g.chunks % groups * kHeads;
+    const int64_t end_head = first_head + kHeads < g.heads ? first_head + kHeads : g.heads;
+    for (int64_t h = first_head; h < end_head; ++h) HeadSums(g, room, b, h, part).clear(g, room);
+    for (int64_t block = part * blocks / g.chunks; block < (part + 1) * blocks / g.chunks; ++block) {
+      for (int64_t h = first_head; h < end_head; ++h) {
+        backward_block<T>(g, room, b, h, block * kBlock, HeadSums(g, room, b, h, part));
+      }
+    }
+  }
+  finish_streams();
+}
+
+void forward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
+  switch (g.dtype) {
+    case Dtype::kFloat:
+      return forward_blocks<float>(g, begin, end, scratch);
+    case Dtype::kBFloat16:
+      return forward_blocks<BFloat16>(g, begin, end, scratch);
+    case Dtype::kHalf:
+      return forward_blocks<Half>(g, begin, end, scratch);
+  }
+}
+
+void backward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
+  switch (g.dtype) {
+    case Dtype::kFloat:
+      return backward_tasks<float>(g, begin, end, scratch);
+    case Dtype::kBFloat16:
+      return backward_tasks<BFloat16>(g, begin, end, scratch);
+    case Dtype::kHalf:
+      return backward_tasks<Half>(g, begin, end, scratch);
+  }
+}
+
+template <typename T>
+void pack_heads(const Packing& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = round_up(p.width, kLanes);
+  for (int64_t head = begin; head < end; ++head) {
+    const int64_t b = head / p.heads, h = head % p.heads;
+    float* rows = p.rows ? p.rows + head * p.padded * width : scratch;
+    for (int64_t i = 0; i < p.padded * width; ++i) rows[i] = 0.0f;
+    int64_t n = 0;
+    for (int64_t j = 0; j < p.tokens; ++j) {
+      if (p.real && !p.real[b * p.tokens + j]) continue;
+      const T* token = at<T>(p.from, b, j, h);
+      float* row = rows + (p.mean ? 0 : n * width);
+      for (int64_t d = 0; d < p.width; ++d) row[d] += p.factor * widen(token[d]);
+      ++n;
+    }
+    for (int64_t d = 0; p.mean && n > 0 && d < width; ++d) rows[d] /= static_cast<float>(n);
+    if (p.columns) {
+      transpose(p.padded, width, rows, width, p.columns + head * width * p.padded, p.padded);
+    }
+  }
+}
+
+template <typename T>
+void unpack_heads(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = round_up(u.width, kLanes);
+  T* const to = static_cast<T*>(u.to);
+  for (int64_t head = begin; head < end; ++head) {
+    const int64_t b = head / u.heads, h = head % u.heads;
+    int64_t n = 0;
+    for (int64_t j = 0; u.mean && j < u.tokens; ++j) n += !u.real || u.real[b * u.tokens + j];
+    const float factor = u.mean && n > 0 ? u.factor / static_cast<float>(n) : u.factor;
+    int64_t packed = 0;
+    for (int64_t j = 0; j < u.tokens; ++j) {
+      for (int64_t d = 0; d < width; ++d) scratch[d] = 0.0f;
+      if (!u.real || u.real[b * u.tokens + j]) {
+        for (int64_t c = 0; c < u.chunks; ++c) {
+          const float* sums = u.sums + ((head * u.chunks + c) * u.padded + packed) * width;
+          for (int64_t d = 0; d < width; ++d) scratch[d] += sums[d];
+        }
+        packed += !u.mean;
+      }
+      store_row(scratch, u.width, factor, to + ((b * u.tokens + j) * u.heads + h) * u.width);
+    }
+  }
+}
+
+void pack(const Packing& p, int64_t begin, int64_t end, float* scratch) {
+  switch (p.dtype) {
+    case Dtype::kFloat:
+      return pack_heads<float>(p, begin, end, scratch);
+    case Dtype::kBFloat16:
+      return pack_heads<BFloat16>(p, begin, end, scratch);
+    case Dtype::kHalf:
+      return pack_heads<Half>(p, begin, end, scratch);
+  }
+}
+
+void unpack(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
+  switch (u.dtype) {
+    case Dtype::kFloat:
+      return unpack_heads<float>(u, begin, end, scratch);
+    case Dtype::kBFloat16:
+      return unpack_heads<BFloat16>(u, begin, end, scratch);
+    case Dtype::kHalf:
+      return unpack_heads<Half>(u, begin, end, scratch);
+  }
+}
+
+}  // namespace
+
+const language_gate::Kernels language_gate_kernels = {
+    kLanes, forward_scratch, forward, backward_scratch, backward, pack, unpack,
+};
+
+}  // namespace VD_ISA
+}  // namespace vd
