@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vd_kernels import _library
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -15,11 +16,12 @@ from vd_kernels._checks import (
     check_integer,
     check_mask,
     check_number,
+    check_once,
     check_same_kind,
     check_shape,
     refuse_forward_mode,
 )
-from vd_kernels.spacetime_attention import op  # noqa: F401  (torch.ops.vd.spacetime_attention)
+from vd_kernels.spacetime_attention import op
 
 AXES = ("time", "space", "joint")
 
@@ -90,25 +92,18 @@ def spacetime_attention(
         "spacetime_attention",
         *(query, key, value, prefix_query, prefix_key, prefix_value, gate),
     )
-    query, key, value = map(autocast, (query, key, value))
-    prefixes = tuple(map(autocast, (prefix_query, prefix_key, prefix_value)))
-    _check_tokens(query, key, value, key_mask, gate, scale)
-    _check_reach(query, axis, window, grid, causal)
-    _check_prefixes(query, axis, *prefixes)
+    query, key, value, *prefixes = autocast(
+        query, key, value, prefix_query, prefix_key, prefix_value
+    )
+    check_once(_check_tokens, query, key, value, key_mask, gate, scale)
+    check_once(_check_reach, query, axis, window, grid, causal)
+    check_once(_check_prefixes, query, axis, *prefixes)
     if axis == "time" and window is not None:
         window = (window,)
-    out, prefix_out = torch.ops.vd.spacetime_attention(
-        query,
-        key,
-        value,
-        axis,
-        window,
-        grid,
-        causal,
-        key_mask,
-        *prefixes,
-        gate,
-        query.shape[-1] ** -0.5 if scale is None else float(scale),
+    run = torch.ops.vd.spacetime_attention.default if _library.is_observed() else op.run
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, prefix_out = run(
+        query, key, value, axis, window, grid, causal, key_mask, *prefixes, gate, scale
     )
     return out if prefix_query is None else (out, prefix_out)
 

@@ -9,16 +9,120 @@ import torch
 from torch import Tensor
 
 from vd_kernels import _library, backends
+from vd_kernels._checks import rows_contiguous
 from vd_kernels.spacetime_attention import reference
 
-FORWARD: dict[str, Callable] = {"reference": reference.forward}
-BACKWARD: dict[str, Callable] = {"reference": reference.backward}
+_AXES = {"time": 0, "space": 1, "joint": 2}
+"""As the C++ counts them."""
+
+
+def _forward_cpp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    out = query.new_empty(query.shape)
+    prefix_out = None
+    if prefix_query is not None:
+        prefix_out = query.new_empty(_prefix_shape(query, axis, prefix_query))
+    torch.ops.vd._spacetime_attention_cpp.default(
+        *map(rows_contiguous, (query, key, value)),
+        *_cpp_settings(axis, window, grid, causal, key_mask),
+        *map(rows_contiguous, (prefix_query, prefix_key, prefix_value, _five_dims(gate))),
+        scale,
+        out,
+        prefix_out,
+    )
+    return out, prefix_out
+
+
+def _backward_cpp(
+    grad_out: Tensor | None,
+    grad_prefix_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    prefixes_and_gate = (prefix_query, prefix_key, prefix_value, gate)
+    grads = [
+        x.new_empty(x.shape) if needed else None
+        for x, needed in zip((query, key, value), needs[:3], strict=True)
+    ]
+    # Sums over groups and over what the gate is broadcast along are in float32.
+    summed = [
+        torch.empty(_five_dims(x).shape) if needed else None
+        for x, needed in zip(prefixes_and_gate, needs[3:], strict=True)
+    ]
+    torch.ops.vd._spacetime_attention_backward_cpp.default(
+        *map(rows_contiguous, (grad_out, grad_prefix_out, query, key, value)),
+        *_cpp_settings(axis, window, grid, causal, key_mask),
+        *map(rows_contiguous, (prefix_query, prefix_key, prefix_value, _five_dims(gate))),
+        scale,
+        *grads,
+        *summed,
+    )
+    return *grads, *(
+        None if grad is None else grad.view(x.shape).to(x.dtype)
+        for grad, x in zip(summed, prefixes_and_gate, strict=True)
+    )
+
+
+def _cpp_settings(
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+) -> tuple[Any, ...]:
+    mask = None if key_mask is None else key_mask.contiguous()
+    return _AXES[axis], list(window or ()), grid[1] if grid else 1, causal, mask
+
+
+def _five_dims(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dim() == 5 else x[(None,) * (5 - x.dim())]
+
+
+def _prefix_shape(query: Tensor, axis: str, prefix_query: Tensor) -> tuple[int, ...]:
+    batch, frames, patches, heads, width = query.shape
+    groups = {"time": patches, "space": frames, "joint": 1}[axis]
+    return batch, groups, prefix_query.shape[2], heads, width
+
+
+FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": reference.forward}
+BACKWARD: dict[str, Callable] = {"cpp": _backward_cpp, "reference": reference.backward}
 """By backend, the fastest first."""
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, prefix_out = backends.choose("spacetime_attention", FORWARD)(*arguments)
-    return out.contiguous(), out.new_empty(0) if prefix_out is None else prefix_out.contiguous()
+def run(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """out, and prefix_out if asked for, by the backend that is to run now."""
+    out, prefix_out = backends.choose("spacetime_attention", FORWARD, query)(query, *arguments)
+    return out.contiguous(), prefix_out if prefix_out is None else prefix_out.contiguous()
+
+
+def _forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    out, prefix_out = run(query, *arguments)
+    return out, query.new_empty(0) if prefix_out is None else prefix_out
 
 
 def _fake(
@@ -39,15 +143,13 @@ def _fake(
     out = query.new_empty(query.shape)
     if prefix_query is None:
         return out, query.new_empty(0)
-    batch, frames, patches, heads, width = query.shape
-    groups = {"time": patches, "space": frames, "joint": 1}[axis]
-    return out, query.new_empty(batch, groups, prefix_query.shape[2], heads, width)
+    return out, query.new_empty(_prefix_shape(query, axis, prefix_query))
 
 
 def _backward(
     grad_out: Tensor | None, grad_prefix_out: Tensor | None, query: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    run = backends.choose("spacetime_attention", BACKWARD)
+    run = backends.choose("spacetime_attention", BACKWARD, query)
     grads = run(grad_out, grad_prefix_out, query, *arguments)
     return tuple(query.new_empty(0) if g is None else g.contiguous() for g in grads)
 
@@ -81,6 +183,18 @@ _ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, str axis, SymInt[]? window, SymInt[]? grid, "
     "bool causal, Tensor? key_mask, Tensor? prefix_query, Tensor? prefix_key, "
     "Tensor? prefix_value, Tensor? gate, float scale"
+)
+_CPP = _ARGUMENTS.replace("str axis", "int axis").replace(
+    "SymInt[]? window, SymInt[]? grid", "int[] window, int columns"
+)
+_library.define_private(
+    f"_spacetime_attention_cpp({_CPP}, Tensor(a!) out, Tensor(b!)? prefix_out) -> ()"
+)
+_library.define_private(
+    f"_spacetime_attention_backward_cpp(Tensor? grad_out, Tensor? grad_prefix_out, {_CPP}, "
+    "Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, "
+    "Tensor(d!)? grad_prefix_query, Tensor(e!)? grad_prefix_key, "
+    "Tensor(f!)? grad_prefix_value, Tensor(g!)? grad_gate) -> ()"
 )
 _library.define(
     f"spacetime_attention({_ARGUMENTS}) -> (Tensor, Tensor)", kernel=_forward, fake=_fake
