@@ -5,13 +5,36 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vd_kernels import testing
+from vd_kernels import language_gate, testing
+from vd_kernels.backends import explain, load_cpu_kernels
 from vd_kernels.testing import Check, suite
+
+LEVELS = explain().cpu_isa or ("scalar",)
 
 
 @pytest.mark.parametrize("check", suite("reference"), ids=str)
 def test_reference(check: Check) -> None:
     check()
+
+
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("check", suite("cpp"), ids=str)
+def test_cpp(check: Check, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := load_cpu_kernels():
+        pytest.skip(reason)
+    if level not in LEVELS:
+        pytest.skip(f"this machine has no {level}")
+    monkeypatch.setenv("VD_CPU_ISA", level)
+    check()
+
+
+def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := load_cpu_kernels():
+        pytest.skip(reason)
+    x = torch.randn(1, 2, 1, 4)
+    monkeypatch.setenv("VD_CPU_ISA", "sse9")
+    with pytest.raises(RuntimeError, match=r'VD_CPU_ISA must be one of scalar.*, got "sse9"'):
+        language_gate(x, x)
 
 
 def test_poison_is_seen() -> None:

@@ -6,37 +6,224 @@ each method, as their arguments and the shapes of their weights differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vd_kernels import _library, backends
+from vd_kernels._checks import rows_contiguous
 from vd_kernels.topk_sampling import reference
 
-IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    name: {"reference": getattr(reference, name)}
-    for name in (
-        "hard",
-        "perturbed",
-        "perturbed_backward",
-        "gumbel",
-        "gumbel_backward",
-        "lapsum",
-        "lapsum_backward",
-        "gather",
-        "gather_backward",
+
+def _hard_cpp(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
+    weights, indices = _empty_choice(scores, k)
+    torch.ops.vd._topk_hard_cpp.default(scores.contiguous(), k, order == "score", weights, indices)
+    return weights, indices
+
+
+def _perturbed_cpp(
+    scores: Tensor,
+    k: int,
+    sigma: float,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor]:
+    weights, indices = _empty_choice(scores, k)
+    torch.ops.vd._topk_perturbed_cpp.default(
+        scores.contiguous(),
+        k,
+        sigma,
+        samples,
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        order == "score",
+        weights,
+        indices,
     )
+    return weights, indices
+
+
+def _perturbed_backward_cpp(
+    grad: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    sigma: float,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+    gradient: str,
+) -> Tensor:
+    if sigma == 0:
+        return torch.zeros_like(scores)
+    found = torch.empty(scores.shape)
+    torch.ops.vd._topk_perturbed_backward_cpp.default(
+        grad.contiguous(),
+        scores.contiguous(),
+        indices.contiguous(),
+        sigma,
+        samples,
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        order == "score",
+        gradient == "diagonal",
+        found,
+    )
+    return found
+
+
+def _gumbel_cpp(
+    scores: Tensor,
+    k: int,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+) -> tuple[Tensor, Tensor]:
+    weights, indices = _empty_choice(scores, k)
+    torch.ops.vd._topk_gumbel_cpp.default(
+        scores.contiguous(),
+        k,
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        order == "score",
+        weights,
+        indices,
+    )
+    return weights, indices
+
+
+def _gumbel_backward_cpp(
+    grad: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+) -> Tensor:
+    found = torch.empty(scores.shape)
+    torch.ops.vd._topk_gumbel_backward_cpp.default(
+        grad.contiguous(),
+        scores.contiguous(),
+        indices.contiguous(),
+        temperature,
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        found,
+    )
+    return found
+
+
+def _lapsum_cpp(scores: Tensor, k: int, temperature: float, order: str) -> tuple[Tensor, Tensor]:
+    weights = torch.empty(scores.shape)
+    indices = torch.empty(len(scores), k, dtype=torch.int64)
+    torch.ops.vd._topk_lapsum_cpp.default(
+        scores.contiguous(), k, temperature, order == "score", weights, indices
+    )
+    return weights, indices
+
+
+def _lapsum_backward_cpp(grad: Tensor, scores: Tensor, k: int, temperature: float) -> Tensor:
+    found = torch.empty(scores.shape)
+    torch.ops.vd._topk_lapsum_backward_cpp.default(
+        grad.contiguous(), scores.contiguous(), k, temperature, found
+    )
+    return found
+
+
+def _gather_cpp(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    if weights.dtype == torch.float64:  # whose sums are in float64
+        return reference.gather(values, weights, indices)
+    out = torch.empty(*indices.shape, values.shape[2], dtype=values.dtype)
+    torch.ops.vd._topk_gather_cpp.default(
+        rows_contiguous(values), weights.contiguous(), indices.contiguous(), out
+    )
+    return out
+
+
+def _gather_backward_cpp(
+    grad: Tensor, values: Tensor, weights: Tensor, indices: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    if weights.dtype == torch.float64:
+        return reference.gather_backward(grad, values, weights, indices, needs)
+    grads = [
+        torch.empty(x.shape, dtype=x.dtype) if needed else None
+        for x, needed in zip((values, weights), needs, strict=True)
+    ]
+    torch.ops.vd._topk_gather_backward_cpp.default(
+        rows_contiguous(grad),
+        rows_contiguous(values),
+        weights.contiguous(),
+        indices.contiguous(),
+        *grads,
+    )
+    return grads[0], grads[1]
+
+
+def _empty_choice(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Weights [R,K,N], in which nothing is chosen yet, and room for indices [R,K]."""
+    rows, frames = scores.shape
+    return torch.zeros(rows, k, frames), torch.empty(rows, k, dtype=torch.int64)
+
+
+def _noise_rows(noise: Tensor | None) -> Tensor | None:
+    return None if noise is None else rows_contiguous(noise.float())
+
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    name: {"cpp": cpp, "reference": getattr(reference, name)}
+    for name, cpp in {
+        "hard": _hard_cpp,
+        "perturbed": _perturbed_cpp,
+        "perturbed_backward": _perturbed_backward_cpp,
+        "gumbel": _gumbel_cpp,
+        "gumbel_backward": _gumbel_backward_cpp,
+        "lapsum": _lapsum_cpp,
+        "lapsum_backward": _lapsum_backward_cpp,
+        "gather": _gather_cpp,
+        "gather_backward": _gather_backward_cpp,
+    }.items()
 }
 """For each operator its implementations by backend, the fastest first."""
+
+_CPP_NOISE = "Tensor seed, int row_offset, Tensor? noise"
+_CPP_CHOICE = "bool by_score, Tensor(a!) weights, Tensor(b!) indices) -> ()"
+for _schema in (
+    f"hard_cpp(Tensor scores, int k, {_CPP_CHOICE}",
+    f"perturbed_cpp(Tensor scores, int k, float sigma, int samples, {_CPP_NOISE}, {_CPP_CHOICE}",
+    "perturbed_backward_cpp(Tensor grad, Tensor scores, Tensor indices, float sigma, int samples, "
+    f"{_CPP_NOISE}, bool by_score, bool diagonal, Tensor(a!) grad_scores) -> ()",
+    f"gumbel_cpp(Tensor scores, int k, {_CPP_NOISE}, {_CPP_CHOICE}",
+    "gumbel_backward_cpp(Tensor grad, Tensor scores, Tensor indices, float temperature, "
+    f"{_CPP_NOISE}, Tensor(a!) grad_scores) -> ()",
+    f"lapsum_cpp(Tensor scores, int k, float temperature, {_CPP_CHOICE}",
+    "lapsum_backward_cpp(Tensor grad, Tensor scores, int k, float temperature, "
+    "Tensor(a!) grad_scores) -> ()",
+    "gather_cpp(Tensor values, Tensor weights, Tensor indices, Tensor(a!) out) -> ()",
+    "gather_backward_cpp(Tensor grad, Tensor values, Tensor weights, Tensor indices, "
+    "Tensor(a!)? grad_values, Tensor(b!)? grad_weights) -> ()",
+):
+    _library.define_private(f"_topk_{_schema}")
 
 
 def _define(name: str, schema: str, fake: Callable) -> None:
     """vd::topk_<name>, whose results are made contiguous as its fake says."""
 
     def kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        results = backends.choose(f"topk_{name}", IMPLEMENTATIONS[name])(*arguments)
+        results = backends.choose(f"topk_{name}", IMPLEMENTATIONS[name], arguments[0])(*arguments)
         if isinstance(results, Tensor):
             return results.contiguous()
         empty = arguments[0].new_empty(0)  # in place of what is not needed
