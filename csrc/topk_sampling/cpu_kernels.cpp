@@ -418,14 +418,17 @@ void gumbel_backward(const Choice& c, int64_t begin, int64_t end, float* scratch
       int64_t slot = 0;
       while (slot + 1 < c.slots && slots[slot] != noise.frame(picks[j])) ++slot;
       noise.pick(c.grad + (row * c.slots + slot) * c.frames, 0.0f, grad);
-      // p = softmax of what is left, of which the pick is the largest
-      const F largest = broadcast(keys[picks[j]]);
+      // p = softmax of what is left, of which the pick is the largest. G less its value at the pick
+      // says the same, without cancellation where the pick has nearly all of p.
+      const F largest = broadcast(keys[picks[j]]), at_pick = broadcast(grad[picks[j]]);
       F total = {}, with_grad = {};
       for (int64_t i = 0; i < padded; i += kLanes) {
         const F share = exp((load(keys + i) - largest) / temperature);
+        const F gain = load(grad + i) - at_pick;
         store(shares + i, share);
+        store(grad + i, gain);
         total += share;
-        with_grad = fma(share, load(grad + i), with_grad);
+        with_grad = fma(share, gain, with_grad);
       }
       const float scale = 1.0f / reduce_add(total);
       const F mean = broadcast(reduce_add(with_grad) * scale);
