@@ -30,6 +30,10 @@ _BUILD_RECORD = Path(__file__).with_name("_build_info.json")
 _CPU_KERNELS = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
+class BackendError(ValueError, RuntimeError):
+    """The backend that the user asked for does not exist, or cannot do what is asked of it here."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One backend. `lacks` holds, in words, all that keeps it from running; empty when it runs."""
@@ -82,7 +86,7 @@ def use_backend(name: str) -> Iterator[None]:
         name: "reference", "cpp", "cuda" or "triton".
 
     Raises:
-        ValueError: There is no backend of that name.
+        BackendError: There is no backend of that name (a ValueError).
 
     Example:
         >>> import torch, vd_kernels
@@ -108,8 +112,8 @@ def choose(operation: str, implementations: Mapping[str, Callable], tensor: Tens
         tensor: Its device and dtype decide which can run.
 
     Raises:
-        RuntimeError: The user chose a backend that the operation does not have here.
-        ValueError: VD_BACKEND names no backend.
+        BackendError: The user chose a backend that the operation does not have here, or VD_BACKEND
+            names none.
     """
     name = _chosen[-1] if _chosen else os.environ.get("VD_BACKEND")
     if not name:
@@ -122,7 +126,7 @@ def choose(operation: str, implementations: Mapping[str, Callable], tensor: Tens
         return found
     if not found:
         lacks = "; ".join(_INSPECT[name]()[1]) or "it has no implementation of it"
-    raise RuntimeError(
+    raise BackendError(
         f"{operation} cannot run on backend {name!r}: {lacks}. Choose another with VD_BACKEND or "
         "vd_kernels.use_backend, or leave the choice to each operator"
     )
@@ -142,7 +146,7 @@ def _refuses(name: str, tensor: Tensor) -> str:
 def _check_name(source: str, name: str) -> None:
     if name not in BACKENDS:
         words = ", ".join(f'"{word}"' for word in BACKENDS)
-        raise ValueError(f"{source} must be one of {words}, got {name!r}")
+        raise BackendError(f"{source} must be one of {words}, got {name!r}")
 
 
 def explain(*, name_devices: bool = False) -> Explanation:

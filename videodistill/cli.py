@@ -294,7 +294,8 @@ def _report(error: BaseException) -> int:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         _say("error", "interrupted")
         return 130
-    if isinstance(error, UserError):
+    # The class is known where torch has been imported, which this module does not wait for.
+    if isinstance(error, UserError) or type(error).__name__ == "BackendError":
         _say("error", str(error))
         return 2
     if type(error).__name__ == "NoArgsIsHelpError":  # a group without its command

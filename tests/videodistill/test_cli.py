@@ -171,6 +171,16 @@ def test_answers_for_people(run: Callable, here: Path, tmp_path: Path) -> None:
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_backend_that_cannot_run_is_the_users_mistake(
+    run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VD_BACKEND", "fast")
+    result = run("answer", "square.mp4", "What is [red]?", *HEAD)
+    assert result.exit_code == 2
+    assert "VD_BACKEND must be one of" in result.stderr
+    assert "should not happen" not in result.stderr
+
+
 def test_json_is_all_of_stdout(run: Callable) -> None:
     result = run("answer", "square.mp4", "что?", "why " * 10_000, *HEAD, "--pick", "2", "--json")
     assert result.exit_code == 0
