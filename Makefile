@@ -21,7 +21,7 @@ BUILD_INPUTS = pyproject.toml setup.py constraints.txt vd_kernels/_version.py $(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help answer test lint default-model clean
+.PHONY: help answer test lint bench default-model clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,13 +40,17 @@ lint: $(INSTALLED) ## check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+bench: $(VENV)/.bench ## measure and write the tables; BENCH_FLAGS="-q -k gate" to choose
+	$(VENV)/bin/python -m benchmarks run $(BENCH_FLAGS)
+	$(VENV)/bin/python -m benchmarks report
+
 default-model: $(INSTALLED) ## make the bundled model again: videos, encoder, features, head
 	$(VENV)/bin/videodistill train-default
 
 clean: ## remove what was built and cached; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	rm -f vd_kernels/_C.*.so vd_kernels/_build_info.json $(INSTALLED)
-	find vd_kernels videodistill tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f vd_kernels/_C.*.so vd_kernels/_cpu.*.so vd_kernels/_build_info.json $(INSTALLED)
+	find vd_kernels videodistill benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -72,4 +76,8 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 $(INSTALLED): $(VENV)/.torch $(BUILD_INPUTS)
 	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[$(EXTRAS)]"
 	@$(VENV)/bin/python -m vd_kernels
+	@touch $@
+
+$(VENV)/.bench: $(INSTALLED)
+	$(PIP) install -q --no-build-isolation -c constraints.txt -e ".[$(EXTRAS),bench]"
 	@touch $@

@@ -1,0 +1,284 @@
+"""Tables and plots from results: README's section, docs/performance.md and the pictures in docs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.goals import best, goals
+from benchmarks.results import ROOT, CaseResult, Entry, Results, committed
+from benchmarks.timing import Spread
+
+BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
+_RUN = "`python -m benchmarks run`"
+_REPORT = "`python -m benchmarks report`"
+
+
+def write(paths: Sequence[Path] | None = None, root: Path = ROOT) -> list[Path]:
+    """Write README's section, docs/performance.md and the plots; returns the files written.
+
+    paths: Of results; None takes the committed ones, the newest of each device.
+    """
+    results = load(paths)
+    readme, page = root / "README.md", root / "docs" / "performance.md"
+    readme.write_text(within(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+    page.write_text(performance(results), encoding="utf-8")
+    return [readme, page, *_draw(results, page.parent)]
+
+
+def load(paths: Sequence[Path] | None = None) -> list[Results]:
+    return [Results.load(path) for path in (committed() if paths is None else paths)]
+
+
+def within(readme: str, results: Sequence[Results]) -> str:
+    """README's text with what stands between the markers made anew.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    before, found, rest = readme.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ValueError(f"README.md has no lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{summary(results)}\n{END}{after}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def summary(results: Sequence[Results]) -> str:
+    """For README: each case that has a goal, ours beside the best other."""
+    parts = []
+    for kind, name in KINDS.items():
+        found = [r for r in results if r.environment.kind == kind]
+        if not found:
+            parts.append(f"{name}: not yet measured.")
+        for result in found:
+            parts += [f"{name}: {_where(result)}", _goal_table(result)]
+    return "\n\n".join(parts)
+
+
+def performance(results: Sequence[Results]) -> str:
+    """All of docs/performance.md."""
+    parts = [
+        "# Performance",
+        f"Made by {_REPORT} from what {_RUN} measured; [measuring.md](measuring.md) says how, and "
+        "how to read it.",
+    ]
+    for kind, name in KINDS.items():
+        found = [r for r in results if r.environment.kind == kind]
+        if not found:
+            parts += [f"## {name}", "Not yet measured."]
+        for result in found:
+            parts += [f"## {name}: {result.environment.device}", _where(result)]
+            parts += ["### Goals", _goal_table(result)]
+            for operator, cases in _by_operator(result).items():
+                parts.append(f"### {operator}")
+                for case in cases:
+                    parts += [f"#### {case.title.removeprefix(operator).strip()}"]
+                    parts += _case_parts(result, case)
+            for curve in _curves(result):
+                parts.append(f"![{curve.title}]({curve.file})")
+    return "\n\n".join(parts) + "\n"
+
+
+def _where(result: Results) -> str:
+    env = result.environment
+    versions = ", ".join(f"{name} {v}" for name, v in env.versions.items() if v != "not installed")
+    rates = ", ".join(f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in result.matmul_rates.items())
+    parts = [
+        f"{env.device}, {env.threads} threads, {versions}; commit {env.commit[:10]}, "
+        f"sources {env.sources}, {result.date}.",
+        f"Matrix products, 10^9 operations a second: {rates}." * bool(rates),
+        "A quick run, of few rounds." * env.quick,
+    ]
+    return " ".join(part for part in parts if part)
+
+
+def _goal_table(result: Results) -> str:
+    rows = []
+    for name, wanted in goals(result.environment.kind).items():
+        case = result.cases.get(name)
+        if case is None:
+            continue
+        mine, other = best(case, ours=True), best(case, ours=False)
+        for goal in wanted:
+            value = goal.reached(case)
+            verdict = "missed" if value is None or value < goal.least else "met"
+            verdict = "inconclusive" if case.inconclusive else verdict
+            rows.append(
+                [
+                    case.title,
+                    _named_time(other),
+                    _named_time(mine),
+                    "" if mine is None else f"{mine.spread.median / result.floor(case):.2f}",
+                    str(goal),
+                    "not measured" if value is None else f"{value:.2f}, {verdict}",
+                ]
+            )
+    if not rows:
+        return "No case with a goal was measured."
+    return _table(["case", "best other, ms", "ours, ms", "÷ floor", "goal", "reached"], rows)
+
+
+def _case_parts(result: Results, case: CaseResult) -> Iterator[str]:
+    if case.inconclusive:
+        yield (
+            f"Inconclusive: the machine was busy ({case.busy_share:.0%} of empty parallel regions "
+            "took over a millisecond)."
+        )
+    floor = result.floor(case)
+    yield (
+        f"Floor {_ms(floor)} ms: {case.floor_bytes / 1e6:,.2f} MB, whose copy took "
+        f"{_ms(case.copy.median)} ms ({case.floor_bytes / case.copy.median / 1e9:.1f} GB/s), and "
+        f"{case.floor_operations / 1e9:,.2f}·10^9 operations in matrix products."
+    )
+    split = any(entry.products is not None for entry in case.entries)
+    heads = ["", "ms", "quartiles", "rounds", "÷ floor", "peak MB", "besides results MB"]
+    heads += ["products ms", "rest ms", "Amdahl bound"] * split
+    rows = []
+    for entry in sorted((e for e in case.entries if e.spread), key=lambda e: e.spread.median):
+        spread = entry.spread
+        row = [f"**{entry.name}**" if entry.ours else entry.name, _ms(spread.median)]
+        row += [f"{_ms(spread.q1)}–{_ms(spread.q3)}", str(spread.rounds)]
+        row += [f"{spread.median / floor:.2f}"]
+        row += [f"{entry.memory.peak / 1e6:,.2f}", f"{entry.memory.extra / 1e6:,.2f}"]
+        if split:
+            row += [_ms(entry.products), _ms(entry.rest), f"{spread.median / entry.products:.2f}"]
+        rows.append(row)
+    yield _table(heads, rows)
+    left_out = [f"- {entry.name}: {entry.note}" for entry in case.entries if entry.spread is None]
+    if left_out:
+        yield "\n".join(left_out)
+
+
+def _by_operator(result: Results) -> dict[str, list[CaseResult]]:
+    grouped = defaultdict(list)
+    for case in result.cases.values():
+        if not case.curve:
+            grouped[case.operator].append(case)
+    return grouped
+
+
+def _named_time(entry: Entry | None) -> str:
+    return "not measured" if entry is None else f"{_ms(entry.spread.median)} ({entry.name})"
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds in three digits."""
+    ms = seconds * 1e3
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown; the first column is text, the others numbers."""
+    heads = list(heads)
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Plots
+
+
+class Curve:
+    """The points of a curve: one task and mode in several dtypes, with one size growing."""
+
+    def __init__(self, result: Results, cases: Sequence[CaseResult]):
+        self.result, first = result, cases[0]
+        self.axis = first.curve
+        self.title = f"{first.operator} {first.variant}, {first.mode}, against {self.axis}"
+        name = f"{first.operator}-{first.variant}-{self.axis}"
+        self.file = f"performance-{result.environment.slug}-{name}.png"
+        self.by_dtype = defaultdict(list)
+        for case in sorted(cases, key=lambda c: c.sizes[c.curve]):
+            self.by_dtype[case.dtype].append(case)
+
+    def draw(self, path: Path) -> None:
+        """Time, and the share of the floor, of each contestant."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(
+            2, len(self.by_dtype), figsize=(6 * len(self.by_dtype), 8), squeeze=False, sharex=True
+        )
+        for (times, shares), (dtype, cases) in zip(axes.T, self.by_dtype.items(), strict=True):
+            for name in dict.fromkeys(e.name for case in cases for e in case.entries):
+                points = [
+                    (case.sizes[self.axis], e, self.result.floor(case))
+                    for case in cases
+                    for e in case.entries
+                    if e.name == name and e.spread
+                ]
+                if not points:
+                    continue
+                sizes = [size for size, _, _ in points]
+                width = 2.5 if points[0][1].ours else 1.0
+                marks = {"label": name, "linewidth": width, "marker": "o", "markersize": 3}
+                times.plot(sizes, [e.spread.median * 1e3 for _, e, _ in points], **marks)
+                shares.plot(sizes, [floor / e.spread.median for _, e, floor in points], **marks)
+            floors = [self.result.floor(case) * 1e3 for case in cases]
+            times.plot([c.sizes[self.axis] for c in cases], floors, "k--", label="floor")
+            times.set(title=dtype, xscale="log", yscale="log", ylabel="ms")
+            times.legend(fontsize="small")
+            shares.set(xlabel=self.axis, ylabel="floor ÷ time", ylim=(0, None))
+        figure.suptitle(self.title)
+        figure.tight_layout()
+        figure.savefig(path, dpi=100, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def _curves(result: Results) -> list[Curve]:
+    grouped = defaultdict(list)
+    for case in result.cases.values():
+        if case.curve:
+            grouped[case.operator, case.variant, case.curve].append(case)
+    return [Curve(result, cases) for cases in grouped.values()]
+
+
+def _draw(results: Iterable[Results], folder: Path) -> list[Path]:
+    """All curves as pictures; those of earlier reports go."""
+    for old in folder.glob("performance-*.png"):
+        old.unlink()
+    drawn = []
+    for curve in (curve for result in results for curve in _curves(result)):
+        drawn.append(folder / curve.file)
+        curve.draw(drawn[-1])
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------
+# Two results side by side
+
+
+def compare(a: Results, b: Results) -> str:
+    """Time of a over time of b for each case and contestant that both have.
+
+    The ratio's range takes a quartile of one with the opposite one of the other; where it holds 1
+    the difference is within noise. Copies, which no change of ours can touch, show what the
+    machine itself did between the two.
+    """
+    rows = []
+    for name in (name for name in a.cases if name in b.cases):
+        one, two = a.cases[name], b.cases[name]
+        busy = " (busy machine)" * (one.inconclusive or two.inconclusive)
+        pairs = [("copy", one.copy, two.copy)]
+        others = {entry.name: entry.spread for entry in two.entries}
+        pairs += [(e.name, e.spread, others.get(e.name)) for e in one.entries]
+        for contestant, x, y in pairs:
+            if x and y:
+                rows.append([name, contestant, _ms(x.median), _ms(y.median), *_ratio(x, y, busy)])
+    if not rows:
+        return "The two results have no case in common."
+    return _table(["case", "contestant", "A, ms", "B, ms", "A ÷ B", "range", "B is"], rows)
+
+
+def _ratio(a: Spread, b: Spread, busy: str) -> list[str]:
+    low, high = a.q1 / b.q3, a.q3 / b.q1
+    verdict = "within noise" if low <= 1 <= high else "faster" if low > 1 else "slower"
+    return [f"{a.median / b.median:.2f}", f"{low:.2f}–{high:.2f}", verdict + busy]

@@ -1,0 +1,54 @@
+"""`pytest benchmarks`: the operators' cases under pytest-benchmark, one shape a test.
+
+Of each operator the cases with a goal on this device in the widest dtype there, by every contestant
+that needs no compiling. For tables, floors and memory use `python -m benchmarks`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import registry
+from benchmarks.calls import Call, draw
+from benchmarks.cases import Case, Contestant
+from benchmarks.check import Check
+from benchmarks.goals import goals
+
+pytest.importorskip("pytest_benchmark")
+pytestmark = pytest.mark.timeout(0)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def runs() -> list[pytest.param]:
+    wanted = goals(DEVICE)
+    cases = (case for case in registry.cases(DEVICE) if case.id in wanted)
+    return [
+        pytest.param(case, contestant, id=f"{case.id}-{contestant.name}")
+        for case in cases
+        if case.task.operator != "head" and case.dtype in (DTYPE, torch.float32)
+        for contestant in case.task.contestants(case)
+        if not contestant.compiled and contestant.name != "FlexAttention"
+    ]
+
+
+@pytest.mark.parametrize(("case", "contestant"), runs())
+def test_operator(case: Case, contestant: Contestant, benchmark) -> None:
+    check, call = Check(case), Call.of(case, contestant)
+    try:
+        fault = check.fault(contestant, call)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert not fault
+    given = draw(case, 1, check.results)
+    benchmark.group = case.id
+
+    def finished(work):
+        result = work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    call(given, lambda work: benchmark.pedantic(finished, (work,), rounds=5, warmup_rounds=1))

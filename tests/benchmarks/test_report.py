@@ -1,0 +1,238 @@
+"""Results survive a file, tables say what results say, and the committed pages are their tables."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report, runner
+from benchmarks.__main__ import _parser, selected
+from benchmarks.cases import Case
+from benchmarks.goals import Goal, goals
+from benchmarks.language_gate import LanguageGate
+from benchmarks.memory import Memory
+from benchmarks.results import ROOT, CaseResult, Entry, Environment, Results, committed
+from benchmarks.timing import Budget, CpuClock, Quiet, Spread, interleaved
+
+ENVIRONMENT = Environment(
+    kind="cpu",
+    device="Made up",
+    threads=2,
+    cpu_flags=("avx2",),
+    versions={"torch": "0.0"},
+    malloc={},
+    commit="0123456789abcdef",
+    sources="feedbeef",
+    quick=False,
+)
+
+
+def spread(ms: float, wide: float = 0.01) -> Spread:
+    return Spread(ms / 1e3, ms * (1 - wide) / 1e3, ms * (1 + wide) / 1e3, 7)
+
+
+def made_up(name: str, ours: float, **changes) -> CaseResult:
+    """A result in which the best other took 10 ms and a copy 1 ms."""
+    operator, variant, mode, dtype, sizes, *curve = name.split("/")
+    known = {size[0]: int(size[1:]) for size in sizes.split("-")}
+    memory = Memory(peak=3_000_000, results=1_000_000)
+    entries = [
+        Entry("cpp", True, spread=spread(ours), memory=Memory(1_010_000, 1_000_000), products=2e-3),
+        Entry("reference", True, spread=spread(40.0), memory=memory, products=2e-3),
+        Entry("eager", False, spread=spread(20.0), memory=memory, products=2e-3),
+        Entry("torch.compile", False, spread=spread(10.0), memory=memory, products=2e-3),
+        Entry("published form", False, note="wrong: result 0: 1 of 2 differ"),
+    ]
+    result = CaseResult(
+        id=name,
+        operator=operator,
+        variant=variant,
+        mode=mode,
+        dtype=dtype,
+        sizes=known,
+        curve=curve[0] if curve else "",
+        floor_bytes=10_000_000,
+        floor_operations=4_000_000,
+        copy=spread(1.0),
+        busy_share=0.0,
+        inconclusive=False,
+        entries=entries,
+    )
+    return replace(result, **changes)
+
+
+@pytest.fixture
+def results() -> Results:
+    names = [name for name in goals("cpu") if "float32" in name]
+    found = Results(ENVIRONMENT, date="2000-01-01", matmul_rates={"float32": 1e9})
+    found.cases = {name: made_up(name, 4.0) for name in names}
+    for size in (4, 8):
+        point = f"spacetime_attention/time/forward/float32/B1-T{size}-S2-H1-D8/T"
+        found.cases[point] = made_up(point, 4.0)
+    return found
+
+
+def test_results_survive_a_file(results: Results, tmp_path: Path) -> None:
+    results.save(tmp_path / "made-up" / "result.json")
+    assert Results.load(tmp_path / "made-up" / "result.json") == results
+    assert committed(tmp_path) == [tmp_path / "made-up" / "result.json"]
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"schema": 0}')
+    with pytest.raises(ValueError, match="schema"):
+        Results.load(tmp_path / "result.json")
+
+
+def test_the_newest_result_of_a_device_is_taken(results: Results, tmp_path: Path) -> None:
+    results.save(tmp_path / "device" / "b.json")
+    replace(results, date="2001-01-01").save(tmp_path / "device" / "a.json")
+    assert committed(tmp_path) == [tmp_path / "device" / "a.json"]
+
+
+def test_a_floor_is_the_larger_of_bytes_and_operations(results: Results) -> None:
+    case = next(iter(results.cases.values()))
+    assert results.floor(case) == pytest.approx(4e-3)  # 4e6 operations at 1e9 a second
+    results.matmul_rates["float32"] = 1e12
+    assert results.floor(case) == case.copy.median
+
+
+@pytest.mark.parametrize(
+    ("goal", "value"),
+    [
+        (Goal("speed", 2), 2.5),
+        (Goal("speed", 2, "eager"), 5.0),
+        (Goal("copy rate", 0.75), 0.25),
+        (Goal("extra memory", 100, "eager"), 200.0),
+        (Goal("peak memory", 2, "eager"), 3.0 / 1.01),
+        (Goal("memory bound", 1, bytes=20_000), 2.0),
+        (Goal("rest", 2, "torch.compile"), 4.0),
+        (Goal("Amdahl", 0.8), 0.5),
+        (Goal("speed", 2, "published form"), None),
+    ],
+    ids=str,
+)
+def test_goals_measure_what_they_say(goal: Goal, value: float | None) -> None:
+    reached = goal.reached(made_up("head/reference/forward/float32/B1", 4.0))
+    assert reached == (value if value is None else pytest.approx(value))
+
+
+def test_goals_of_measuring_are_all_there() -> None:
+    cpu, cuda = goals("cpu"), goals("cuda")
+    assert len(cpu) == 8 + 1 + 2 + 4 + 1 + 4
+    time = "spacetime_attention/time{}/forward/{}/B4-T16-S196-H12-D64"
+    assert cpu[time.format("", "float32")] == (Goal("speed", 2),)
+    assert cpu[time.format("-gate", "float32")] == (Goal("speed", 2.3),)
+    choice = cpu["topk_sample/perturbed/both/float32/B16-n500-K16-N512"]
+    assert Goal("memory bound", 1, bytes=256_000) in choice
+    assert sum(map(len, cuda.values())) == 4 + 1 + 1 + 3 + 6 + 3 + 4 + 1
+
+
+def test_tables_say_what_was_measured(results: Results, tmp_path: Path) -> None:
+    name = "spacetime_attention/time/forward/float32/B4-T16-S196-H12-D64"
+    busy = next(name for name in results.cases if "language_gate" in name)
+    results.cases[busy] = replace(results.cases[busy], inconclusive=True, busy_share=0.5)
+    slow = next(name for name in results.cases if "time-gate" in name)
+    results.cases[slow] = made_up(slow, 9.0)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nRest.\n")
+    (tmp_path / "docs").mkdir()
+    results.save(tmp_path / "result.json")
+    written = report.write([tmp_path / "result.json"], tmp_path)
+    assert all(path.is_file() for path in written)
+
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("\nRest.\n") and "old" not in text
+    row = next(line for line in text.splitlines() if results.cases[name].title in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == ["10 (torch.compile)", "4 (cpp)", "1.00", "speed ≥ 2", "2.50, met"]
+    row = next(line for line in text.splitlines() if results.cases[slow].title in line)
+    assert "1.11, missed" in row
+    assert ", inconclusive" in text and "GPU: not yet measured." in text
+
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert "published form: wrong: result 0: 1 of 2 differ" in page
+    assert "50% of empty parallel regions" in page
+    plots = [path.name for path in written if path.suffix == ".png"]
+    assert plots == ["performance-made-up-2-threads-spacetime_attention-time-T.png"]
+    assert all(f"({plot})" in page for plot in plots)
+
+
+def test_readme_without_markers_is_refused(results: Results) -> None:
+    with pytest.raises(ValueError, match="performance: begin"):
+        report.within("# Title", [results])
+
+
+def test_the_committed_pages_are_the_committed_results() -> None:
+    found = report.load()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    hint = "run `python -m benchmarks report`"
+    assert report.within(readme, found) == readme, hint
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert report.performance(found) == page, hint
+
+
+def test_compare_tells_a_difference_from_noise(results: Results) -> None:
+    other = replace(results, cases=dict(results.cases))
+    first, second, *_ = results.cases
+    other.cases[first] = made_up(first, 2.0)
+    other.cases[second] = made_up(second, 4.02)
+    rows = [row.strip("| ").split(" | ") for row in report.compare(results, other).splitlines()]
+    verdicts = {(row[0], row[1]): row[-1] for row in rows}
+    assert verdicts[first, "cpp"] == "faster"
+    assert verdicts[second, "cpp"] == verdicts[first, "copy"] == "within noise"
+    empty = replace(results, cases={})
+    assert "no case in common" in report.compare(results, empty)
+
+
+def test_a_busy_machine_makes_a_case_inconclusive(monkeypatch) -> None:
+    class Held(Quiet):
+        LIMIT = 0.0  # every region takes longer
+
+    task = LanguageGate()
+    case = Case(task, task.small, torch.float32, "forward", repeats=1)
+    budget = Budget(seconds=0.0, rounds=(2, 2))
+    monkeypatch.setattr(
+        task,
+        "contestants",
+        lambda case: [c for c in LanguageGate().contestants(case) if not c.compiled],
+    )
+    monkeypatch.setattr(CpuClock, "__init__", lambda self: setattr(self, "cold_bytes", 0))
+    quiet = runner.measure(case, CpuClock(), budget)
+    assert quiet.busy_share <= 1.0
+    assert {e.name for e in quiet.entries if e.spread} >= {"reference", "eager", "eager bmm"}
+    monkeypatch.setattr(runner, "Quiet", Held)
+    assert runner.measure(case, CpuClock(), budget).inconclusive
+
+
+def test_contestants_take_turns_and_slow_ones_sit_out() -> None:
+    order: list[str] = []
+    numbers = itertools.count()
+
+    def entry(name: str, seconds: float):
+        def timed(turn: int) -> float:
+            assert turn == next(numbers)
+            order.append(name)
+            return seconds
+
+        return timed
+
+    budget = Budget(seconds=60.0, rounds=(5, 5), slow=30.0, slow_rounds=2)
+    entries = {"a": entry("a", 1.0), "b": entry("b", 2.0), "c": entry("c", 100.0)}
+    spreads = interleaved(entries, budget)
+    assert "".join(order) == "abc" + "abc" + "bca" + "ab" + "ab" + "ba"
+    assert spreads["c"].rounds == 2 and spreads["a"].rounds == 5
+
+
+def test_the_command_line_selects() -> None:
+    def ids(*words: str) -> list[str]:
+        return [case.id for case in selected(_parser().parse_args(["run", *words]))]
+
+    assert all("float16" not in name.split("/") for name in ids())
+    assert {name.split("/")[3] for name in ids("-p", "float16")} == {"float16"}
+    assert all(name.startswith("topk") for name in ids("-k", "^topk"))
+    assert all(name.count("/") == 5 for name in ids("-c"))
