@@ -22,7 +22,11 @@ py::dict build_info() {
   info["version"] = VD_VERSION;
   info["compiler"] = kCompiler;
   info["cpp_standard"] = static_cast<long>(__cplusplus);
-  info["cpu_isa"] = py::make_tuple(vd::isa_level_name(vd::IsaLevel::kScalar));
+  py::list levels;
+  for (const vd::IsaLevel level : vd::kIsaLevels) {
+    if (vd::is_compiled(level)) levels.append(vd::isa_level_name(level));
+  }
+  info["cpu_isa"] = py::tuple(levels);
   info["cuda_architectures"] = py::make_tuple();
   return info;
 }

@@ -117,6 +117,14 @@ CpuFeatures detect_cpu_features() { return CpuFeatures{}; }
 
 #endif
 
+bool is_compiled(IsaLevel level) {
+#if defined(__x86_64__)
+  return level <= IsaLevel::kAvx512;
+#else
+  return level == IsaLevel::kScalar;
+#endif
+}
+
 bool supports(const CpuFeatures& f, IsaLevel level) {
   switch (level) {
     case IsaLevel::kScalar:

@@ -34,6 +34,9 @@ struct CpuFeatures {
 
 CpuFeatures detect_cpu_features();
 
+// Whether setup.py compiles kernels for a level.
+bool is_compiled(IsaLevel level);
+
 // A level is supported when every feature that its kernels may use is there.
 bool supports(const CpuFeatures& features, IsaLevel level);
 

@@ -9,18 +9,10 @@ namespace vd {
 
 namespace {
 
-bool compiled(IsaLevel level) {
-#if defined(__x86_64__)
-  return level <= IsaLevel::kAvx512;
-#else
-  return level == IsaLevel::kScalar;
-#endif
-}
-
 std::string runnable(const CpuFeatures& features) {
   std::string names;
   for (const IsaLevel level : kIsaLevels) {
-    if (!compiled(level) || !supports(features, level)) continue;
+    if (!is_compiled(level) || !supports(features, level)) continue;
     names += (names.empty() ? "" : ", ") + std::string(isa_level_name(level));
   }
   return names;
@@ -33,7 +25,7 @@ IsaLevel level_to_run() {
   static const IsaLevel best = [] {
     IsaLevel found = IsaLevel::kScalar;
     for (const IsaLevel level : kIsaLevels) {
-      if (compiled(level) && supports(features, level)) found = level;
+      if (is_compiled(level) && supports(features, level)) found = level;
     }
     return found;
   }();
@@ -41,7 +33,7 @@ IsaLevel level_to_run() {
   if (!wanted || !*wanted) return best;
   for (const IsaLevel level : kIsaLevels) {
     if (std::strcmp(wanted, isa_level_name(level)) != 0) continue;
-    if (compiled(level) && supports(features, level)) return level;
+    if (is_compiled(level) && supports(features, level)) return level;
   }
   throw std::runtime_error("VD_CPU_ISA must be one of " + runnable(features) + ", got \"" +
                            wanted + "\"");
