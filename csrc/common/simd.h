@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
+
 // VD_INTRINSICS is the width in bits that intrinsics are used for. VD_LANES may be set to try wide code
 // on a narrow machine, which then does without them.
 #if defined(VD_LANES)
@@ -255,6 +257,19 @@ VD_INLINE void store(Half* to, F x) {
 #else
   for (int i = 0; i < kLanes; ++i) narrow(x[i], to + i);
 #endif
+}
+
+// run(T{}) for what tensors hold.
+template <typename Run>
+VD_INLINE void by_dtype(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::kFloat:
+      return run(float{});
+    case Dtype::kBFloat16:
+      return run(BFloat16{});
+    case Dtype::kHalf:
+      return run(Half{});
+  }
 }
 
 // --- rows: n elements that need not fill whole vectors -------------------------------------------

@@ -30,11 +30,9 @@ inline Dtype dtype_of(const Tensor& x) {
                                         : Dtype::kHalf;
 }
 
-inline const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
-
-template <typename T>
-T* floats_of(const MaybeTensor& x) {
-  return x ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
+// Where a tensor of floats lies; nullptr where there is none.
+inline float* floats_of(const MaybeTensor& x) {
+  return x ? static_cast<float*>(x->mutable_data_ptr()) : nullptr;
 }
 
 // Bytes from which on results are written around the cache: nobody will find them there anyway.

@@ -20,10 +20,6 @@ Tensor floats_like(const Tensor& x, int64_t count) {
   return torch::stable::new_empty(x, {count}, torch::headeronly::ScalarType::Float);
 }
 
-float* data(const std::optional<Tensor>& x) {
-  return x ? static_cast<float*>(x->mutable_data_ptr()) : nullptr;
-}
-
 // What forward and backward both need: sizes, and the question's real tokens packed.
 struct Call {
   const Kernels& kernels = VD_PICK_KERNELS(language_gate_kernels);
@@ -31,7 +27,7 @@ struct Call {
   int64_t batch, tokens, heads;
   const bool* real;
   std::vector<int64_t> count;
-  std::optional<Tensor> key, key_columns, gate_value, gate_columns;
+  MaybeTensor key, key_columns, gate_value, gate_columns;
 
   Call(const Tensor& query, const Tensor& key_, const MaybeTensor& value,
        const MaybeTensor& gate_value_, const MaybeTensor& key_mask, const MaybeTensor& bias,
@@ -62,7 +58,7 @@ struct Call {
     const int64_t most = count.empty() ? 0 : *std::max_element(count.begin(), count.end());
     g.padded = round_up(most, kernels.lanes);
 
-    const auto room = [&](bool needed, int64_t floats) -> std::optional<Tensor> {
+    const auto room = [&](bool needed, int64_t floats) -> MaybeTensor {
       if (!needed) return std::nullopt;
       return floats_like(query, batch * heads * g.padded * floats);
     };
@@ -74,28 +70,28 @@ struct Call {
       gate_columns = room(backward, padded(g.channels));
       pack(tokens_of(*gate_value_), g.channels, 1.0f, gate_value, gate_columns);
     }
-    g.key = data(key);
-    g.key_columns = data(key_columns);
-    g.gate_value = data(gate_value);
-    g.gate_columns = data(gate_columns);
+    g.key = floats_of(key);
+    g.key_columns = floats_of(key_columns);
+    g.gate_value = floats_of(gate_value);
+    g.gate_columns = floats_of(gate_columns);
   }
 
   bool mean() const { return g.reduction == Reduction::kMean; }
 
   int64_t padded(int64_t n) const { return round_up(n, kernels.lanes); }
 
-  void pack(const Tokens& from, int64_t width, float factor, const std::optional<Tensor>& rows,
-            const std::optional<Tensor>& columns) {
+  void pack(const Tokens& from, int64_t width, float factor, const MaybeTensor& rows,
+            const MaybeTensor& columns) {
     const Packing p{g.dtype, from,   tokens, heads,      width,        g.padded,
-                    real,    factor, mean(), data(rows), data(columns)};
+                    real,    factor, mean(), floats_of(rows), floats_of(columns)};
     parallel(batch * heads, 8, [&](int64_t begin, int64_t end) {
       kernels.pack(p, begin, end, scratch(p.padded * padded(width)));
     });
   }
 
-  void unpack(const std::optional<Tensor>& sums, int64_t width, double factor, void* to) {
+  void unpack(const MaybeTensor& sums, int64_t width, double factor, void* to) {
     const Unpacking u{g.dtype, tokens, heads,                      width,  g.padded,   g.chunks,
-                      real,    static_cast<float>(factor), mean(), data(sums), to};
+                      real,    static_cast<float>(factor), mean(), floats_of(sums), to};
     parallel(batch * heads, 8, [&](int64_t begin, int64_t end) {
       kernels.unpack(u, begin, end, scratch(padded(width)));
     });
@@ -142,16 +138,16 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_gate, Tensor query, Tensor 
 
   const int64_t chunks = g.batch * g.heads * g.chunks;
   const int64_t biases = g.per_channel ? call.padded(g.channels) : 1;
-  const auto room = [&](bool needed, int64_t floats) -> std::optional<Tensor> {
+  const auto room = [&](bool needed, int64_t floats) -> MaybeTensor {
     if (!needed) return std::nullopt;
     return floats_like(query, chunks * floats);
   };
   const auto key_sums = room(grad_key.has_value(), g.padded * call.padded(g.width));
   const auto value_sums = room(grad_gate_value.has_value(), g.padded * call.padded(g.channels));
   const auto bias_sums = room(grad_bias.has_value(), biases);
-  g.grad_key = data(key_sums);
-  g.grad_gate_value = data(value_sums);
-  g.grad_bias = data(bias_sums);
+  g.grad_key = floats_of(key_sums);
+  g.grad_gate_value = floats_of(value_sums);
+  g.grad_bias = floats_of(bias_sums);
   parallel(groups * g.chunks, 1, [&](int64_t begin, int64_t end) {
     call.kernels.backward(g, begin, end, scratch(call.kernels.backward_scratch(g)));
   });

@@ -365,25 +365,11 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
-  switch (g.dtype) {
-    case Dtype::kFloat:
-      return forward_blocks<float>(g, begin, end, scratch);
-    case Dtype::kBFloat16:
-      return forward_blocks<BFloat16>(g, begin, end, scratch);
-    case Dtype::kHalf:
-      return forward_blocks<Half>(g, begin, end, scratch);
-  }
+  by_dtype(g.dtype, [&](auto t) { forward_blocks<decltype(t)>(g, begin, end, scratch); });
 }
 
 void backward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
-  switch (g.dtype) {
-    case Dtype::kFloat:
-      return backward_tasks<float>(g, begin, end, scratch);
-    case Dtype::kBFloat16:
-      return backward_tasks<BFloat16>(g, begin, end, scratch);
-    case Dtype::kHalf:
-      return backward_tasks<Half>(g, begin, end, scratch);
-  }
+  by_dtype(g.dtype, [&](auto t) { backward_tasks<decltype(t)>(g, begin, end, scratch); });
 }
 
 template <typename T>
@@ -433,25 +419,11 @@ void unpack_heads(const Unpacking& u, int64_t begin, int64_t end, float* scratch
 }
 
 void pack(const Packing& p, int64_t begin, int64_t end, float* scratch) {
-  switch (p.dtype) {
-    case Dtype::kFloat:
-      return pack_heads<float>(p, begin, end, scratch);
-    case Dtype::kBFloat16:
-      return pack_heads<BFloat16>(p, begin, end, scratch);
-    case Dtype::kHalf:
-      return pack_heads<Half>(p, begin, end, scratch);
-  }
+  by_dtype(p.dtype, [&](auto t) { pack_heads<decltype(t)>(p, begin, end, scratch); });
 }
 
 void unpack(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
-  switch (u.dtype) {
-    case Dtype::kFloat:
-      return unpack_heads<float>(u, begin, end, scratch);
-    case Dtype::kBFloat16:
-      return unpack_heads<BFloat16>(u, begin, end, scratch);
-    case Dtype::kHalf:
-      return unpack_heads<Half>(u, begin, end, scratch);
-  }
+  by_dtype(u.dtype, [&](auto t) { unpack_heads<decltype(t)>(u, begin, end, scratch); });
 }
 
 }  // namespace

@@ -114,10 +114,7 @@ class Summed {
     }
   }
 
-  float* data() const {
-    const MaybeTensor& to = parts_ ? parts_ : result_;
-    return to ? static_cast<float*>(to->mutable_data_ptr()) : nullptr;
-  }
+  float* data() const { return floats_of(parts_ ? parts_ : result_); }
 
   void finish() const {
     if (parts_) sum_to(data(), sizes_, *result_);

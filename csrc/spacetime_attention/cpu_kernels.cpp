@@ -191,26 +191,22 @@ struct GateRow {
   bool whole;
 };
 
-template <typename G>
-VD_INLINE GateRow load_gate(const Sequence& s, int64_t i, float* row) {
-  const Gate& gate = s.a.gate;
-  const G* from = static_cast<const G*>(gate.data) + s.b * gate.batch + s.frame(i) * gate.frame +
-                  s.patch(i) * gate.patch + s.h * gate.head;
-  if (gate.width == 0) return {widen(*from), false};
-  load_row(from, s.a.width, row);
-  return {1.0f, true};
-}
-
 VD_INLINE GateRow gate_of(const Sequence& s, int64_t i, float* row) {
-  if (!s.a.gate.data) return {1.0f, false};
-  switch (s.a.gate.dtype) {
-    case Dtype::kBFloat16:
-      return load_gate<BFloat16>(s, i, row);
-    case Dtype::kHalf:
-      return load_gate<Half>(s, i, row);
-    default:
-      return load_gate<float>(s, i, row);
-  }
+  const Gate& gate = s.a.gate;
+  GateRow found{1.0f, false};
+  if (!gate.data) return found;
+  const int64_t at = s.b * gate.batch + s.frame(i) * gate.frame + s.patch(i) * gate.patch +
+                     s.h * gate.head;
+  by_dtype(gate.dtype, [&](auto t) {
+    const auto* from = static_cast<const decltype(t)*>(gate.data) + at;
+    found.whole = gate.width != 0;
+    if (found.whole) {
+      load_row(from, s.a.width, row);
+    } else {
+      found.factor = widen(*from);
+    }
+  });
+  return found;
 }
 
 // to [width] = from * factor * gate, where there is a row of it; both padded.
@@ -505,25 +501,11 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  switch (a.dtype) {
-    case Dtype::kFloat:
-      return forward_tasks<float>(a, begin, end, scratch);
-    case Dtype::kBFloat16:
-      return forward_tasks<BFloat16>(a, begin, end, scratch);
-    case Dtype::kHalf:
-      return forward_tasks<Half>(a, begin, end, scratch);
-  }
+  by_dtype(a.dtype, [&](auto t) { forward_tasks<decltype(t)>(a, begin, end, scratch); });
 }
 
 void backward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  switch (a.dtype) {
-    case Dtype::kFloat:
-      return backward_tasks<float>(a, begin, end, scratch);
-    case Dtype::kBFloat16:
-      return backward_tasks<BFloat16>(a, begin, end, scratch);
-    case Dtype::kHalf:
-      return backward_tasks<Half>(a, begin, end, scratch);
-  }
+  by_dtype(a.dtype, [&](auto t) { backward_tasks<decltype(t)>(a, begin, end, scratch); });
 }
 
 }  // namespace

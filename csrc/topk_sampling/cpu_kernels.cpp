@@ -447,19 +447,6 @@ void gumbel_backward(const Choice& c, int64_t begin, int64_t end, float* scratch
 
 // --- topk_gather ---------------------------------------------------------------------------------
 
-// run(T{}) for what the tensors hold.
-template <typename Run>
-VD_INLINE void by_dtype(Dtype dtype, const Run& run) {
-  switch (dtype) {
-    case Dtype::kFloat:
-      return run(float{});
-    case Dtype::kBFloat16:
-      return run(BFloat16{});
-    case Dtype::kHalf:
-      return run(Half{});
-  }
-}
-
 void gather(const Gather& g, int64_t begin, int64_t end, float* scratch) {
   by_dtype(g.dtype, [&](auto t) { gather_parts<decltype(t)>(g, begin, end, scratch); });
 }
