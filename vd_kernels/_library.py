@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("vd", "FRAGMENT")
 
 
@@ -63,7 +65,7 @@ def once_differentiable(name: str) -> None:
     differentiable(name, refuse, lambda ctx, inputs, output: None)
 
 
-def is_observed() -> bool:
+def is_observed(*arguments: Any) -> bool:
     """Whether anything but the kernel takes part in a call: autograd, a transform, a tracer.
 
     When not, an operator's public function may call the kernel itself: the way through the
@@ -74,4 +76,6 @@ def is_observed() -> bool:
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        # Fake tensors and other subclasses have a say in what an operator does with them.
+        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
     )

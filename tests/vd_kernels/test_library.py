@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from vd_kernels import (
@@ -218,10 +219,48 @@ def test_double_backward_is_an_error(name: str) -> None:
         torch.autograd.grad(gradient.sum(), x)
 
 
-def test_vmap_is_an_error() -> None:
+@pytest.mark.parametrize("grad", [True, False])
+def test_vmap_is_an_error(grad: bool) -> None:
     q = normal(3, 2, 4, 2, 8)
-    with pytest.raises(NotImplementedError, match=r"vd::language_gate has no rule .*vmap"):
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(NotImplementedError, match=r"vd::language_gate has no rule .*vmap"),
+    ):
         torch.func.vmap(lambda x: language_gate(x, q[0]))(q)
+
+
+class Recorded(Tensor):
+    """Wraps a tensor and notes which operators meet it."""
+
+    seen: ClassVar[list[str]] = []
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Tensor:
+        return cls._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(str(function))
+        plain = [x.inner if isinstance(x, cls) else x for x in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def test_without_gradients_whoever_watches_still_sees_the_operator() -> None:
+    """The way past the dispatcher is for calls that nothing observes."""
+    q = normal(1, 3, 2, 4)
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fake = mode.from_tensor(q)
+    video = fake.unsqueeze(2)
+    with torch.no_grad():
+        assert language_gate(fake, fake).shape == (1, 3, 2)  # outside of its mode
+        assert spacetime_attention(video, video, video, axis="time").shape == (1, 3, 1, 2, 4)
+        Recorded.seen.clear()
+        language_gate(Recorded(q), q)
+    assert Recorded.seen[0] == "vd.language_gate.default"
+    assert not any("cpp" in name for name in Recorded.seen)
 
 
 def test_forward_mode_is_an_error() -> None:

@@ -87,9 +87,9 @@ def language_gate(
     query, key, value, gate_value = autocast(query, key, value, gate_value)
     check_once(_check, query, key, value, gate_value, key_mask, bias, scale, reduction)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = torch.ops.vd.language_gate.default if _library.is_observed() else op.run
-    need_gate = return_gate or value is None
-    gated, gate = run(query, key, value, gate_value, key_mask, bias, scale, reduction, need_gate)
+    tensors = (query, key, value, gate_value, key_mask, bias)
+    run = torch.ops.vd.language_gate.default if _library.is_observed(*tensors) else op.run
+    gated, gate = run(*tensors, scale, reduction, return_gate or value is None)
     if value is None:
         return gate
     return (gated, gate) if return_gate else gated

@@ -100,7 +100,8 @@ def spacetime_attention(
     check_once(_check_prefixes, query, axis, *prefixes)
     if axis == "time" and window is not None:
         window = (window,)
-    run = torch.ops.vd.spacetime_attention.default if _library.is_observed() else op.run
+    observed = _library.is_observed(query, key, value, key_mask, *prefixes, gate)
+    run = torch.ops.vd.spacetime_attention.default if observed else op.run
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     out, prefix_out = run(
         query, key, value, axis, window, grid, causal, key_mask, *prefixes, gate, scale
