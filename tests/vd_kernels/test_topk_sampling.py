@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import itertools
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vd_kernels import TopKSample, topk_gather, topk_sample
+from vd_kernels import TopKSample, topk_gather, topk_sample, use_backend
 
 METHODS = ("hard", "perturbed", "gumbel", "lapsum")
 CPU = torch.device("cpu")
@@ -276,6 +277,22 @@ def test_gumbel_is_straight_through_the_successive_softmax(frames: int, k: int, 
         torch.testing.assert_close(result[row], leaf.grad, rtol=1e-10, atol=1e-12)
         drawn = best((x[row] + g[row, 0]).tolist(), k, order)
         assert sample.indices[row].tolist() == drawn + [-1] * (k - len(drawn))
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_gumbel_where_one_pick_has_nearly_all_of_p(backend: str | None) -> None:
+    """What the others have is known to its own precision, not to that of the pick's gradient."""
+    x, g = torch.tensor([[18.0, 0.0, 1.0, 2.0]]), torch.zeros(1, 1, 4)
+    grad = torch.tensor([[[1000.3, 1001.0, 999.0, 1000.1]]])
+
+    def result(dtype: torch.dtype) -> Tensor:
+        leaf = x.to(dtype).requires_grad_()
+        sample = topk_sample(leaf, 1, method="gumbel", noise=g.to(dtype))
+        return gradient(sample, grad.to(dtype), leaf)
+
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        found = result(torch.float32)
+    torch.testing.assert_close(found.double(), result(torch.float64), rtol=2e-4, atol=0)
 
 
 @pytest.mark.parametrize("tau", [0.5, 2.0])

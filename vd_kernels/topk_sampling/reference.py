@@ -194,6 +194,8 @@ def gumbel_backward(
     # slot(j): where the j-th pick lies among the slots
     slots = (ranked.unsqueeze(-1) == indices.unsqueeze(-2)).to(torch.uint8).argmax(-1)
     paired = grad.gather(1, slots.unsqueeze(-1).expand(grad.shape)).masked_fill(spare, 0.0)
+    # Less its value at the pick, G says the same, without cancellation where the pick has all of p.
+    paired = paired - paired.gather(2, ranked.clamp(min=0).unsqueeze(-1))
     # p_j = softmax(u / τ) over the frames not picked before j
     picked = one_hot(ranked, frames, torch.int8)
     gone = picked.cumsum(1) - picked > 0
