@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -26,6 +29,16 @@ def test_cpp(check: Check, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(f"this machine has no {level}")
     monkeypatch.setenv("VD_CPU_ISA", level)
     check()
+
+
+def test_where_there_is_a_compiler_the_kernels_are_built() -> None:
+    """Else every check of them would be skipped, and nobody would know."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler; set CXX to one")
+    reason = load_cpu_kernels()
+    if "VD_BUILD_CPP=0" in reason:
+        pytest.skip(reason)
+    assert reason == ""
 
 
 def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
