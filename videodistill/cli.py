@@ -294,8 +294,10 @@ def _report(error: BaseException) -> int:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         _say("error", "interrupted")
         return 130
-    # The class is known where torch has been imported, which this module does not wait for.
-    if isinstance(error, UserError) or type(error).__name__ == "BackendError":
+    # The class is known where torch has been imported, which this module does not wait for; what
+    # the compiled kernels refuse comes without a class.
+    wrong_choice = type(error).__name__ == "BackendError" or str(error).startswith("VD_CPU_ISA ")
+    if isinstance(error, UserError) or wrong_choice:
         _say("error", str(error))
         return 2
     if type(error).__name__ == "NoArgsIsHelpError":  # a group without its command

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from tests.videodistill.engine.material import make_checkpoint, make_video
 from tests.videodistill.tiny import tiny_clip
+from vd_kernels.backends import load_cpu_kernels
 from videodistill.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,14 +172,17 @@ def test_answers_for_people(run: Callable, here: Path, tmp_path: Path) -> None:
     assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("name", ["VD_BACKEND", "VD_CPU_ISA"])
 def test_a_backend_that_cannot_run_is_the_users_mistake(
-    run: Callable, monkeypatch: pytest.MonkeyPatch
+    run: Callable, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("VD_BACKEND", "fast")
+    if name == "VD_CPU_ISA" and load_cpu_kernels():
+        pytest.skip(load_cpu_kernels())
+    monkeypatch.setenv(name, "fast")
     result = run("answer", "square.mp4", "What is [red]?", *HEAD)
     assert result.exit_code == 2
-    assert "VD_BACKEND must be one of" in result.stderr
-    assert "should not happen" not in result.stderr
+    assert result.stderr.startswith("videodistill: error: ") and result.stderr.count("\n") == 1
+    assert f"{name} must be one of" in result.stderr
 
 
 def test_json_is_all_of_stdout(run: Callable) -> None:
