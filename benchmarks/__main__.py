@@ -27,8 +27,12 @@ _ENVIRONMENT = {
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
-    arguments.command(arguments)
+    parser = _parser()
+    arguments = parser.parse_args()
+    try:
+        arguments.command(arguments)
+    except OSError as error:  # a file that is not there, or cannot be written
+        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,12 +41,14 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="measure cases; what a result file holds is kept")
     run.set_defaults(command=_run)
-    run.add_argument("-k", "--only", default="", metavar="REGEX", help="cases whose id matches")
+    run.add_argument(
+        "-k", "--only", default="", metavar="REGEX", type=_regex, help="cases whose id matches"
+    )
     run.add_argument("-c", "--curves", action="store_true", help="growth curves instead")
     run.add_argument("-q", "--quick", action="store_true", help="few rounds: to try things out")
     run.add_argument("-a", "--again", action="store_true", help="also what was measured before")
     run.add_argument("-l", "--list", action="store_true", help="print the ids and do nothing")
-    run.add_argument("-t", "--threads", type=int, default=2, help="of torch on the CPU")
+    run.add_argument("-t", "--threads", type=_positive, default=2, help="of torch on the CPU")
     run.add_argument("-o", "--out", type=Path, metavar="FILE", help="where the result goes")
     run.add_argument("-d", "--device", choices=("cpu", "cuda"), default="cpu")
     run.add_argument(
@@ -62,6 +68,20 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("a", type=Path)
     compare.add_argument("b", type=Path)
     return parser
+
+
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {text!r} ({error})") from None
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return int(text)
 
 
 def selected(arguments: argparse.Namespace) -> list[Case]:

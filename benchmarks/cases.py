@@ -74,7 +74,7 @@ class Task(ABC):
     small: ClassVar[Mapping[str, int]]
     """Sizes at which everything is checked within moments."""
     slack: float = 1.0
-    """Times the error that is allowed of one operator, for what is made of many."""
+    """Times the error allowed of one operator, for others' forms of what is made of many."""
     split: bool = False
     """Whether to tell the time in linear layers' matrix products from the rest."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import report, runner
-from benchmarks.__main__ import _parser, selected
+from benchmarks.__main__ import _parser, main, selected
 from benchmarks.cases import Case
 from benchmarks.goals import Goal, goals
 from benchmarks.language_gate import LanguageGate
@@ -236,3 +236,25 @@ def test_the_command_line_selects() -> None:
     assert {name.split("/")[3] for name in ids("-p", "float16")} == {"float16"}
     assert all(name.startswith("topk") for name in ids("-k", "^topk"))
     assert all(name.count("/") == 5 for name in ids("-c"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("run", "-k", "["), "not a regular expression"),
+        (("run", "-t", "0"), "at least 1"),
+        (("report", "none.json"), "none.json"),
+        (("compare", "none.json", "none.json"), "none.json"),
+    ],
+)
+def test_bad_input_ends_in_one_line(
+    arguments: tuple[str, ...],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
