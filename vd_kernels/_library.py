@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("vd", "FRAGMENT")
@@ -66,16 +67,22 @@ def once_differentiable(name: str) -> None:
 
 
 def is_observed(*arguments: Any) -> bool:
-    """Whether anything but the kernel takes part in a call: autograd, a transform, a tracer.
+    """Whether anything but the kernel takes part in a call: autograd, autocast, a tracer, ...
 
     When not, an operator's public function may call the kernel itself: the way through the
     dispatcher into Python would take longer than a small call's work.
     """
-    return (
+    if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return True
+    for x in arguments:  # noqa: SIM110  (any(...) takes twice as long)
         # Fake tensors and other subclasses have a say in what an operator does with them.
-        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments)
-    )
+        if type(x) not in _PLAIN and isinstance(x, Tensor):
+            return True
+    return False

@@ -72,15 +72,17 @@ class Explanation:
 
 # The user's choice, innermost last. Not a context variable: backward runs in threads of its own.
 _chosen: list[str] = []
+# Read once: looking it up at each call would take as long as a tenth of a small call.
+_environment = os.environ.get("VD_BACKEND")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Let all operators of this process run on one backend, or fail and say why.
 
-    Outside of it the environment's VD_BACKEND says the same; without either, each operator takes
-    the fastest backend that it has for its inputs. Backward follows the choice that holds when it
-    runs.
+    Outside of it the environment's VD_BACKEND, as it was when this package was imported, says the
+    same; without either, each operator takes the fastest backend that it has for its inputs.
+    Backward follows the choice that holds when it runs.
 
     Args:
         name: "reference", "cpp", "cuda" or "triton".
@@ -115,7 +117,7 @@ def choose(operation: str, implementations: Mapping[str, Callable], tensor: Tens
         BackendError: The user chose a backend that the operation does not have here, or VD_BACKEND
             names none.
     """
-    name = _chosen[-1] if _chosen else os.environ.get("VD_BACKEND")
+    name = _chosen[-1] if _chosen else _environment
     if not name:
         for name, found in implementations.items():
             if not _refuses(name, tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -21,9 +22,14 @@ print(json.dumps({
 """
 
 
-def run(code: str) -> str:
+def run(code: str, environment: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -62,3 +68,15 @@ found = explain()
 print([backend.name for backend in found.backends if backend.available], found.compiled)
 """
     assert run(code).strip() == "['reference'] {}"
+
+
+def test_the_environment_chooses_the_backend() -> None:
+    code = """
+import torch, vd_kernels
+try:
+    vd_kernels.language_gate(torch.ones(1, 2, 1, 4), torch.ones(1, 3, 1, 4))
+except vd_kernels.backends.BackendError as error:
+    print(error)
+"""
+    environment = os.environ | {"VD_BACKEND": "cuda"}
+    assert run(code, environment).startswith("language_gate cannot run on backend 'cuda'")

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from vd_kernels import (
+    backends,
     language_gate,
     spacetime_attention,
     topk_gather,
@@ -418,7 +419,7 @@ FORCED = {
 @pytest.mark.parametrize("name", FORCED)
 def test_a_forced_backend_that_is_missing_says_why(name: str, monkeypatch) -> None:
     FORCED[name]()
-    monkeypatch.setenv("VD_BACKEND", "triton")
+    monkeypatch.setattr(backends, "_environment", "triton")
     with pytest.raises(RuntimeError, match=r"cannot run on backend 'triton': no operator has a"):
         FORCED[name]()
     with use_backend("reference"):  # the nearer wish holds
@@ -438,8 +439,8 @@ def test_backward_runs_on_the_forced_backend_too() -> None:
 def test_a_backend_without_a_name_is_refused(monkeypatch) -> None:
     with pytest.raises(ValueError, match="use_backend must be one of"), use_backend("fast"):
         pass
-    monkeypatch.setenv("VD_BACKEND", "fast")
+    monkeypatch.setattr(backends, "_environment", "fast")
     with pytest.raises(ValueError, match='VD_BACKEND must be one of "reference"'):
         FORCED["language_gate"]()
-    monkeypatch.setenv("VD_BACKEND", "")
+    monkeypatch.setattr(backends, "_environment", "")
     FORCED["language_gate"]()

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from tests.videodistill.engine.material import make_checkpoint, make_video
 from tests.videodistill.tiny import tiny_clip
+from vd_kernels import backends
 from vd_kernels.backends import load_cpu_kernels
 from videodistill.cli import app
 
@@ -179,6 +180,8 @@ def test_a_backend_that_cannot_run_is_the_users_mistake(
     if name == "VD_CPU_ISA" and load_cpu_kernels():
         pytest.skip(load_cpu_kernels())
     monkeypatch.setenv(name, "fast")
+    if name == "VD_BACKEND":  # read at import, which is over here
+        monkeypatch.setattr(backends, "_environment", "fast")
     result = run("answer", "square.mp4", "What is [red]?", *HEAD)
     assert result.exit_code == 2
     assert result.stderr.startswith("videodistill: error: ") and result.stderr.count("\n") == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vd_kernels import _library
+from vd_kernels import _library, backends
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -83,13 +83,17 @@ def language_gate(
         >>> gated.shape, gate.shape
         (torch.Size([2, 36, 4, 32]), torch.Size([2, 36, 4]))
     """
-    refuse_forward_mode("language_gate", query, key, value, gate_value, bias)
-    query, key, value, gate_value = autocast(query, key, value, gate_value)
-    check_once(_check, query, key, value, gate_value, key_mask, bias, scale, reduction)
+    if _library.is_observed(query, key, value, gate_value, key_mask, bias):
+        refuse_forward_mode("language_gate", query, key, value, gate_value, bias)
+        query, key, value, gate_value = autocast(query, key, value, gate_value)
+        _check(query, key, value, gate_value, key_mask, bias, scale, reduction)
+        run = torch.ops.vd.language_gate.default
+    else:
+        check_once(_check, query, key, value, gate_value, key_mask, bias, scale, reduction)
+        run = backends.choose("language_gate", op.FORWARD, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensors = (query, key, value, gate_value, key_mask, bias)
-    run = torch.ops.vd.language_gate.default if _library.is_observed(*tensors) else op.run
-    gated, gate = run(*tensors, scale, reduction, return_gate or value is None)
+    need_gate = return_gate or value is None
+    gated, gate = run(query, key, value, gate_value, key_mask, bias, scale, reduction, need_gate)
     if value is None:
         return gate
     return (gated, gate) if return_gate else gated

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vd_kernels import _library, backends
-from vd_kernels._checks import rows_contiguous
+from vd_kernels._checks import empty_like, rows_contiguous
 from vd_kernels.language_gate import reference
 
 _REDUCTIONS = {"softmax": 0, "max": 1, "mean": 2}
@@ -27,7 +27,7 @@ def _forward_cpp(
     reduction: str,
     need_gate: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    out = None if value is None else value.new_empty(value.shape)
+    out = None if value is None else empty_like(value)
     gate = None
     if need_gate:
         channels = () if gate_value is None else gate_value.shape[3:]
@@ -52,7 +52,7 @@ def _backward_cpp(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     grads = [
-        x.new_empty(x.shape) if needed else None
+        empty_like(x) if needed else None
         for x, needed in zip((query, key, value, gate_value), needs[:4], strict=True)
     ]
     grad_bias = torch.empty(bias.shape) if needs[4] else None  # sums are in float32
@@ -85,18 +85,18 @@ def _cpp_arguments(
     )
 
 
-FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": reference.forward}
+def _forward_reference(query: Tensor, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    out, gate = reference.forward(query, *arguments)
+    return out if out is None else out.contiguous(), gate if gate is None else gate.contiguous()
+
+
+FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": _forward_reference}
 BACKWARD: dict[str, Callable] = {"cpp": _backward_cpp, "reference": reference.backward}
 """By backend, the fastest first."""
 
 
-def run(query: Tensor, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-    """What was asked for, by the backend that is to run now."""
-    out, gate = backends.choose("language_gate", FORWARD, query)(query, *arguments)
-    return out if out is None else out.contiguous(), gate if gate is None else gate.contiguous()
-
-
 def _forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    run = backends.choose("language_gate", FORWARD, query)
     return tuple(query.new_empty(0) if x is None else x for x in run(query, *arguments))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vd_kernels import _library
+from vd_kernels import _library, backends
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -88,25 +88,43 @@ def spacetime_attention(
         >>> spacetime_attention(q, k, v, axis="time", gate=gate).shape
         torch.Size([2, 8, 36, 4, 32])
     """
-    refuse_forward_mode(
-        "spacetime_attention",
-        *(query, key, value, prefix_query, prefix_key, prefix_value, gate),
-    )
-    query, key, value, *prefixes = autocast(
-        query, key, value, prefix_query, prefix_key, prefix_value
-    )
-    check_once(_check_tokens, query, key, value, key_mask, gate, scale)
-    check_once(_check_reach, query, axis, window, grid, causal)
-    check_once(_check_prefixes, query, axis, *prefixes)
+    prefixes = (prefix_query, prefix_key, prefix_value)
+    settings = (axis, window, grid, causal, key_mask)
+    if _library.is_observed(query, key, value, key_mask, *prefixes, gate):
+        refuse_forward_mode("spacetime_attention", query, key, value, *prefixes, gate)
+        query, key, value, *prefixes = autocast(query, key, value, *prefixes)
+        _check(query, key, value, *settings, *prefixes, gate, scale)
+        run = torch.ops.vd.spacetime_attention.default
+    else:
+        check_once(_check, query, key, value, *settings, *prefixes, gate, scale)
+        run = backends.choose("spacetime_attention", op.FORWARD, query)
     if axis == "time" and window is not None:
         window = (window,)
-    observed = _library.is_observed(query, key, value, key_mask, *prefixes, gate)
-    run = torch.ops.vd.spacetime_attention.default if observed else op.run
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     out, prefix_out = run(
         query, key, value, axis, window, grid, causal, key_mask, *prefixes, gate, scale
     )
     return out if prefix_query is None else (out, prefix_out)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: int | tuple[int, int, int] | None,
+    grid: tuple[int, int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    gate: Tensor | None,
+    scale: float | None,
+) -> None:
+    _check_tokens(query, key, value, key_mask, gate, scale)
+    _check_reach(query, axis, window, grid, causal)
+    _check_prefixes(query, axis, prefix_query, prefix_key, prefix_value)
 
 
 def _check_tokens(

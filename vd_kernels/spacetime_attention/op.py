@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vd_kernels import _library, backends
-from vd_kernels._checks import rows_contiguous
+from vd_kernels._checks import empty_like, rows_contiguous
 from vd_kernels.spacetime_attention import reference
 
 _AXES = {"time": 0, "space": 1, "joint": 2}
@@ -31,7 +31,7 @@ def _forward_cpp(
     gate: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:
-    out = query.new_empty(query.shape)
+    out = empty_like(query)
     prefix_out = None
     if prefix_query is not None:
         prefix_out = query.new_empty(_prefix_shape(query, axis, prefix_query))
@@ -66,7 +66,7 @@ def _backward_cpp(
 ) -> tuple[Tensor | None, ...]:
     prefixes_and_gate = (prefix_query, prefix_key, prefix_value, gate)
     grads = [
-        x.new_empty(x.shape) if needed else None
+        empty_like(x) if needed else None
         for x, needed in zip((query, key, value), needs[:3], strict=True)
     ]
     # Sums over groups and over what the gate is broadcast along are in float32.
@@ -109,18 +109,18 @@ def _prefix_shape(query: Tensor, axis: str, prefix_query: Tensor) -> tuple[int, 
     return batch, groups, prefix_query.shape[2], heads, width
 
 
-FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": reference.forward}
+def _forward_reference(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    out, prefix_out = reference.forward(query, *arguments)
+    return out.contiguous(), prefix_out if prefix_out is None else prefix_out.contiguous()
+
+
+FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": _forward_reference}
 BACKWARD: dict[str, Callable] = {"cpp": _backward_cpp, "reference": reference.backward}
 """By backend, the fastest first."""
 
 
-def run(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """out, and prefix_out if asked for, by the backend that is to run now."""
-    out, prefix_out = backends.choose("spacetime_attention", FORWARD, query)(query, *arguments)
-    return out.contiguous(), prefix_out if prefix_out is None else prefix_out.contiguous()
-
-
 def _forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    run = backends.choose("spacetime_attention", FORWARD, query)
     out, prefix_out = run(query, *arguments)
     return out, query.new_empty(0) if prefix_out is None else prefix_out
 

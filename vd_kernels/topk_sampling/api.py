@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vd_kernels import _library
 from vd_kernels._checks import (
     check_choice,
     check_device,
@@ -15,11 +16,12 @@ from vd_kernels._checks import (
     check_integer,
     check_mask,
     check_number,
+    check_once,
     check_shape,
     may_read_values,
     refuse_forward_mode,
 )
-from vd_kernels.topk_sampling import op  # noqa: F401  (defines torch.ops.vd.topk_...)
+from vd_kernels.topk_sampling import op
 
 METHODS = ("hard", "perturbed", "gumbel", "lapsum")
 
@@ -120,17 +122,25 @@ def topk_sample(
         >>> scores.grad.shape
         torch.Size([1, 4])
     """
-    refuse_forward_mode("topk_sample", scores)
-    _check_sample(scores, k, method, mask, seed, row_offset, noise, order, gradient)
-    _check_numbers(method, sigma, num_samples, temperature)
+    checked = (scores, k, method, mask, row_offset, noise, order, gradient)
+    numbers = (sigma, num_samples, temperature)
+    observed = _library.is_observed(scores, mask, seed, noise)
+    if observed:
+        refuse_forward_mode("topk_sample", scores)
+        _check_sample(*checked, *numbers)
+    else:
+        check_once(_check_sample, *checked, *numbers)
+    _check_seed(seed)
+    if noise is not None and may_read_values(noise) and not noise.isfinite().all():
+        raise ValueError("noise must be finite, got NaN or infinity")
     lead, frames = scores.shape[:-1], scores.shape[-1]
     rows = _real_scores(scores, mask).reshape(math.prod(lead), frames)
 
-    ops = torch.ops.vd
+    run = getattr(torch.ops.vd, f"topk_{method}").default if observed else op.choose(method, rows)
     if method == "hard":
-        weights, indices = ops.topk_hard(rows.detach(), k, order)
+        weights, indices = run(rows.detach() if observed else rows, k, order)
     elif method == "lapsum":
-        weights, indices = ops.topk_lapsum(rows, k, float(temperature), order)
+        weights, indices = run(rows, k, float(temperature), order)
     else:
         if noise is not None:
             num_samples = noise.shape[-2]
@@ -138,11 +148,9 @@ def topk_sample(
         # With noise at hand any seed will do, and none may be drawn.
         drawn = (_seed(0 if noise is not None else seed, scores.device), row_offset, noise)
         if method == "perturbed":
-            weights, indices = ops.topk_perturbed(
-                rows, k, float(sigma), num_samples, *drawn, order, gradient
-            )
+            weights, indices = run(rows, k, float(sigma), num_samples, *drawn, order, gradient)
         else:
-            weights, indices = ops.topk_gumbel(rows, k, float(temperature), *drawn, order)
+            weights, indices = run(rows, k, float(temperature), *drawn, order)
 
     indices = indices.view(*lead, k)
     return TopKSample(weights.view(*lead, *weights.shape[1:]), indices, indices >= 0)
@@ -175,38 +183,51 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
     """
     if not isinstance(sample, TopKSample):
         raise TypeError(f"sample must be a TopKSample, got {type(sample).__name__}")
-    refuse_forward_mode("topk_gather", values, sample.weights)
-    check_floating("values", values, "[B,N,...]")
     weights, indices, _ = sample
+    if observed := _library.is_observed(values, weights, indices):
+        refuse_forward_mode("topk_gather", values, weights)
+        _check_gather(values, weights, indices)
+    else:
+        check_once(_check_gather, values, weights, indices)
     lead, frames = indices.shape[:-1], weights.shape[-1]
-    if values.shape[: len(lead) + 1] != (*lead, frames):
-        raise ValueError(
-            f"values must begin with the scores' shape {(*lead, frames)}, "
-            f"got shape {tuple(values.shape)}"
-        )
-    check_device("values", values, "sample.weights", weights)
     inner = values.shape[len(lead) + 1 :]
     rows, slots = math.prod(lead), indices.shape[-1]
-    gathered = torch.ops.vd.topk_gather(
-        values.reshape(rows, frames, math.prod(inner)),
+    values = values.reshape(rows, frames, math.prod(inner))
+    run = torch.ops.vd.topk_gather.default if observed else op.choose("gather", values)
+    gathered = run(
+        values,
         weights.reshape(rows, *weights.shape[len(lead) :]),
         indices.reshape(rows, slots),
     )
     return gathered.view(*lead, slots, *inner)
 
 
+def _check_gather(values: Tensor, weights: Tensor, indices: Tensor) -> None:
+    check_floating("values", values, "[B,N,...]")
+    expected = (*indices.shape[:-1], weights.shape[-1])
+    if values.shape[: len(expected)] != expected:
+        raise ValueError(
+            f"values must begin with the scores' shape {expected}, got shape {tuple(values.shape)}"
+        )
+    check_device("values", values, "sample.weights", weights)
+
+
 def _real_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Scores in float32 or float64 with -inf in every frame that is not to be chosen."""
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    wrong = ~(scores < math.inf)  # NaN or +inf
-    if may_read_values(scores) and wrong.any():
+    if not may_read_values(scores):
+        return scores.masked_fill(~(scores < math.inf), -math.inf)
+    # NaN or +inf; NaN is the maximum where there is one.
+    if scores.numel() and not scores.max().item() < math.inf:
+        wrong = ~(scores < math.inf)
         raise ValueError(
             f"scores must be finite in real frames (-inf counts as masked), "
             f"got NaN or +inf in {int(wrong.sum())} of {wrong.numel()}"
         )
-    return scores.masked_fill(wrong, -math.inf)
+    return scores
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -224,11 +245,13 @@ def _check_sample(
     k: int,
     method: str,
     mask: Tensor | None,
-    seed: int | Tensor | None,
     row_offset: int,
     noise: Tensor | None,
     order: str,
     gradient: str,
+    sigma: float,
+    num_samples: int,
+    temperature: float,
 ) -> None:
     check_floating("scores", scores, "[...,N]")
     if scores.dim() == 0:
@@ -245,6 +268,16 @@ def _check_sample(
         check_mask("mask", mask)
         check_shape("mask", mask, scores.shape, "scores' shape [...,N]")
         check_device("mask", mask, "scores", scores)
+    if noise is not None:
+        _check_noise(noise, scores, method)
+    if method == "perturbed":
+        check_number("sigma", sigma, minimum=0, exclusive=False)
+        check_integer("num_samples", num_samples, minimum=1)
+    elif method in ("gumbel", "lapsum"):
+        check_number("temperature", temperature, minimum=0, exclusive=True)
+
+
+def _check_seed(seed: int | Tensor | None) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(
@@ -255,8 +288,6 @@ def _check_sample(
         check_integer("seed", seed)
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must fit into 64 bits, got {seed}")
-    if noise is not None:
-        _check_noise(noise, scores, method)
 
 
 def _check_noise(noise: Tensor, scores: Tensor, method: str) -> None:
@@ -267,13 +298,3 @@ def _check_noise(noise: Tensor, scores: Tensor, method: str) -> None:
     expected = (*scores.shape[:-1], samples, scores.shape[-1])
     check_shape("noise", noise, expected, "[...,1,N]" if method == "gumbel" else "[...,n,N]")
     check_device("noise", noise, "scores", scores)
-    if may_read_values(noise) and not noise.isfinite().all():
-        raise ValueError("noise must be finite, got NaN or infinity")
-
-
-def _check_numbers(method: str, sigma: float, num_samples: int, temperature: float) -> None:
-    if method == "perturbed":
-        check_number("sigma", sigma, minimum=0, exclusive=False)
-        check_integer("num_samples", num_samples, minimum=1)
-    elif method in ("gumbel", "lapsum"):
-        check_number("temperature", temperature, minimum=0, exclusive=True)

@@ -183,8 +183,20 @@ def _noise_rows(noise: Tensor | None) -> Tensor | None:
     return None if noise is None else rows_contiguous(noise.float())
 
 
+def _contiguous(run: Callable) -> Callable:
+    """The function with results that are contiguous, as the fakes say."""
+
+    def contiguous(*arguments: Any) -> Tensor | tuple[Tensor | None, ...]:
+        results = run(*arguments)
+        if isinstance(results, Tensor):
+            return results.contiguous()
+        return tuple(x if x is None else x.contiguous() for x in results)
+
+    return contiguous
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    name: {"cpp": cpp, "reference": getattr(reference, name)}
+    name: {"cpp": cpp, "reference": _contiguous(getattr(reference, name))}
     for name, cpp in {
         "hard": _hard_cpp,
         "perturbed": _perturbed_cpp,
@@ -219,15 +231,17 @@ for _schema in (
     _library.define_private(f"_topk_{_schema}")
 
 
-def _define(name: str, schema: str, fake: Callable) -> None:
-    """vd::topk_<name>, whose results are made contiguous as its fake says."""
+def choose(name: str, tensor: Tensor) -> Callable:
+    """The implementation of topk_<name> that is to run now."""
+    return backends.choose(f"topk_{name}", IMPLEMENTATIONS[name], tensor)
 
+
+def _define(name: str, schema: str, fake: Callable) -> None:
     def kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        results = backends.choose(f"topk_{name}", IMPLEMENTATIONS[name], arguments[0])(*arguments)
+        results = choose(name, arguments[0])(*arguments)
         if isinstance(results, Tensor):
-            return results.contiguous()
-        empty = arguments[0].new_empty(0)  # in place of what is not needed
-        return tuple(empty.clone() if x is None else x.contiguous() for x in results)
+            return results
+        return tuple(arguments[0].new_empty(0) if x is None else x for x in results)
 
     _library.define(f"topk_{name}{schema}", kernel, fake)
 
