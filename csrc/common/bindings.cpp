@@ -71,5 +71,6 @@ PYBIND11_MODULE(_C, m) {
         "dict of feature name to bool: True where the processor and the operating system both "
         "support it.");
   m.def("cpu_isa_levels", &cpu_isa_levels,
-        "tuple of the levels this machine can run, lowest first: scalar, avx2, avx512, amx.");
+        "tuple of the levels this machine can run, lowest first: scalar, avx2, avx512, "
+        "avx512_bf16, amx.");
 }

@@ -20,6 +20,8 @@ const char* isa_level_name(IsaLevel level) {
       return "avx2";
     case IsaLevel::kAvx512:
       return "avx512";
+    case IsaLevel::kAvx512Bf16:
+      return "avx512_bf16";
     case IsaLevel::kAmx:
       return "amx";
   }
@@ -119,7 +121,7 @@ CpuFeatures detect_cpu_features() { return CpuFeatures{}; }
 
 bool is_compiled(IsaLevel level) {
 #if defined(__x86_64__)
-  return level <= IsaLevel::kAvx512;
+  return level <= IsaLevel::kAvx512Bf16;
 #else
   return level == IsaLevel::kScalar;
 #endif
@@ -133,8 +135,10 @@ bool supports(const CpuFeatures& f, IsaLevel level) {
       return f.avx2 && f.fma && f.f16c && f.bmi2;
     case IsaLevel::kAvx512:
       return supports(f, IsaLevel::kAvx2) && f.avx512f && f.avx512bw && f.avx512dq && f.avx512vl;
+    case IsaLevel::kAvx512Bf16:
+      return supports(f, IsaLevel::kAvx512) && f.avx512_bf16;
     case IsaLevel::kAmx:
-      return supports(f, IsaLevel::kAvx512) && f.avx512_bf16 && f.amx_tile && f.amx_bf16;
+      return supports(f, IsaLevel::kAvx512Bf16) && f.amx_tile && f.amx_bf16;
   }
   return false;
 }

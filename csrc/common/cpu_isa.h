@@ -6,10 +6,10 @@
 namespace vd {
 
 // The levels kernels are compiled for, in the order they are preferred from last to first.
-enum class IsaLevel { kScalar, kAvx2, kAvx512, kAmx };
+enum class IsaLevel { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-inline constexpr std::array<IsaLevel, 4> kIsaLevels = {IsaLevel::kScalar, IsaLevel::kAvx2,
-                                                       IsaLevel::kAvx512, IsaLevel::kAmx};
+inline constexpr std::array<IsaLevel, 5> kIsaLevels = {
+    IsaLevel::kScalar, IsaLevel::kAvx2, IsaLevel::kAvx512, IsaLevel::kAvx512Bf16, IsaLevel::kAmx};
 
 const char* isa_level_name(IsaLevel level);
 

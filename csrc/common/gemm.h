@@ -16,7 +16,16 @@ struct Strides {
   int64_t col;
 };
 
-template <int kRows, int kVectors>
+// One element of a, in all lanes.
+template <bool kPairs>
+VD_INLINE F operand(const float* a) {
+  if constexpr (!kPairs) return broadcast(*a);
+  int32_t unit;  // as an integer: as a float it might be no number
+  std::memcpy(&unit, a, sizeof unit);
+  return (F)broadcast(unit);
+}
+
+template <bool kPairs, int kRows, int kVectors>
 VD_INLINE void tile(int64_t k, const float* a, Strides sa, const float* b, int64_t sb, float* c,
                     int64_t sc, bool add) {
   F sums[kRows][kVectors];
@@ -27,8 +36,10 @@ VD_INLINE void tile(int64_t k, const float* a, Strides sa, const float* b, int64
     F row[kVectors];
     VD_UNROLL for (int v = 0; v < kVectors; ++v) row[v] = load(b + p * sb + v * kLanes);
     VD_UNROLL for (int i = 0; i < kRows; ++i) {
-      const F x = broadcast(a[i * sa.row + p * sa.col]);
-      VD_UNROLL for (int v = 0; v < kVectors; ++v) sums[i][v] = fma(x, row[v], sums[i][v]);
+      const F x = operand<kPairs>(a + i * sa.row + p * sa.col);
+      VD_UNROLL for (int v = 0; v < kVectors; ++v) {
+        sums[i][v] = kPairs ? fma_pairs(x, row[v], sums[i][v]) : fma(x, row[v], sums[i][v]);
+      }
     }
   }
   VD_UNROLL for (int i = 0; i < kRows; ++i) {
@@ -36,34 +47,37 @@ VD_INLINE void tile(int64_t k, const float* a, Strides sa, const float* b, int64
   }
 }
 
-template <int kRows, int kVectors>
+template <bool kPairs, int kRows, int kVectors>
 void rows_left(int64_t m, int64_t k, const float* a, Strides sa, const float* b, int64_t sb,
                float* c, int64_t sc, bool add) {
-  if (m == kRows) return tile<kRows, kVectors>(k, a, sa, b, sb, c, sc, add);
-  if constexpr (kRows > 1) rows_left<kRows - 1, kVectors>(m, k, a, sa, b, sb, c, sc, add);
+  if (m == kRows) return tile<kPairs, kRows, kVectors>(k, a, sa, b, sb, c, sc, add);
+  if constexpr (kRows > 1) rows_left<kPairs, kRows - 1, kVectors>(m, k, a, sa, b, sb, c, sc, add);
 }
 
-template <int kVectors>
+template <bool kPairs, int kVectors>
 void columns(int64_t m, int64_t k, const float* a, Strides sa, const float* b, int64_t sb, float* c,
              int64_t sc, bool add) {
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows) {
-    tile<kTileRows, kVectors>(k, a + i * sa.row, sa, b, sb, c + i * sc, sc, add);
+    tile<kPairs, kTileRows, kVectors>(k, a + i * sa.row, sa, b, sb, c + i * sc, sc, add);
   }
   if (i < m) {
-    rows_left<kTileRows - 1, kVectors>(m - i, k, a + i * sa.row, sa, b, sb, c + i * sc, sc, add);
+    rows_left<kPairs, kTileRows - 1, kVectors>(m - i, k, a + i * sa.row, sa, b, sb, c + i * sc, sc,
+                                               add);
   }
 }
 
 // c [m,n] = a [m,k] b [k,n], or c += with `add`. Rows of b and c are sb and sc floats apart and hold
-// n rounded up to kLanes; what c gets there is of no meaning. Each sum runs over p in order.
-inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, Strides sa, const float* b,
+// n rounded up to kLanes; what c gets there is of no meaning. Each sum runs over p in order. With
+// kPairs a and b hold units of two bfloat16 each, and k counts units.
+template <bool kPairs = false>
+void gemm(int64_t m, int64_t n, int64_t k, const float* a, Strides sa, const float* b,
                  int64_t sb, float* c, int64_t sc, bool add) {
   int64_t j = 0;
   for (; j + kLanes < n; j += kTileVectors * kLanes) {
-    columns<kTileVectors>(m, k, a, sa, b + j, sb, c + j, sc, add);
+    columns<kPairs, kTileVectors>(m, k, a, sa, b + j, sb, c + j, sc, add);
   }
-  if (j < n) columns<1>(m, k, a, sa, b + j, sb, c + j, sc, add);
+  if (j < n) columns<kPairs, 1>(m, k, a, sa, b + j, sb, c + j, sc, add);
 }
 
 #if VD_INTRINSICS

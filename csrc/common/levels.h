@@ -7,11 +7,13 @@
 #define VD_DECLARE_KERNELS(Kernels, name) \
   namespace scalar { extern const Kernels name; } \
   namespace avx2 { extern const Kernels name; } \
-  namespace avx512 { extern const Kernels name; }
-#define VD_PICK_KERNELS(name)                                      \
-  (vd::level_to_run() >= vd::IsaLevel::kAvx512 ? vd::avx512::name  \
-   : vd::level_to_run() == vd::IsaLevel::kAvx2 ? vd::avx2::name    \
-                                               : vd::scalar::name)
+  namespace avx512 { extern const Kernels name; } \
+  namespace avx512_bf16 { extern const Kernels name; }
+#define VD_PICK_KERNELS(name)                                              \
+  (vd::level_to_run() >= vd::IsaLevel::kAvx512Bf16 ? vd::avx512_bf16::name \
+   : vd::level_to_run() == vd::IsaLevel::kAvx512   ? vd::avx512::name      \
+   : vd::level_to_run() == vd::IsaLevel::kAvx2     ? vd::avx2::name        \
+                                                   : vd::scalar::name)
 #else
 #define VD_DECLARE_KERNELS(Kernels, name) \
   namespace scalar { extern const Kernels name; }

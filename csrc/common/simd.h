@@ -29,6 +29,12 @@
 #define VD_INTRINSICS 0
 #endif
 
+// Whether products of bfloat16 are formed as they lie in memory, two at a time; see pairs.h. It may be
+// set to try that on a machine without the instruction.
+#if !defined(VD_PAIRS) && defined(__AVX512BF16__)
+#define VD_PAIRS 1
+#endif
+
 #define VD_INLINE inline __attribute__((always_inline))
 #define VD_UNROLL _Pragma("GCC unroll 16")
 
@@ -76,6 +82,17 @@ VD_INLINE F fma(F a, F b, F c) {
   return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+
+// Of units, two bfloat16 in a float's place: c + a0 * b0 + a1 * b1.
+VD_INLINE F fma_pairs(F a, F b, F c) {
+#if defined(__AVX512BF16__) && VD_INTRINSICS == 512
+  return (F)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  const U low = (U)a << 16, other = (U)b << 16;
+  c = fma((F)low, (F)other, c);
+  return fma((F)((U)a & 0xffff0000), (F)((U)b & 0xffff0000), c);
 #endif
 }
 
@@ -239,11 +256,18 @@ VD_INLINE F load(const Half* from) {
 #endif
 }
 
-VD_INLINE void store(BFloat16* to, F x) {
+// As bfloat16, in the lower half of each lane.
+VD_INLINE U rounded(F x) {
+#if defined(__AVX512BF16__) && VD_INTRINSICS == 512
+  return __builtin_convertvector((H)_mm512_cvtneps_pbh((__m512)x), U);
+#else
   const U bits = (U)x;
-  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const U kept = x == x ? rounded : 0x7fc0 - U{};
-  const H narrow = __builtin_convertvector(kept, H);
+  return x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0 - U{};
+#endif
+}
+
+VD_INLINE void store(BFloat16* to, F x) {
+  const H narrow = __builtin_convertvector(rounded(x), H);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 

@@ -48,6 +48,7 @@ struct Call {
     g.value = tokens_of(value);
     g.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
     g.reduction = static_cast<Reduction>(reduction);
+    g.scale = static_cast<float>(scale);
     for (int64_t b = 0; real && b < batch; ++b) {
       count[b] = std::count(real + b * tokens, real + (b + 1) * tokens, true);
     }
@@ -78,7 +79,7 @@ struct Call {
 
   bool mean() const { return g.reduction == Reduction::kMean; }
 
-  int64_t padded(int64_t n) const { return round_up(n, kernels.lanes); }
+  int64_t padded(int64_t n) const { return round_up(n, kernels.row_step(g.dtype, mean())); }
 
   void pack(const Tokens& from, int64_t width, float factor, const MaybeTensor& rows,
             const MaybeTensor& columns) {

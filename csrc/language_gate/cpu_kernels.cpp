@@ -3,6 +3,7 @@
 
 #include "common/carve.h"
 #include "common/gemm.h"
+#include "common/pairs.h"
 #include "common/softmax.h"
 
 namespace vd {
@@ -22,46 +23,73 @@ VD_INLINE const T* at(const Tokens& x, int64_t b, int64_t l, int64_t h) {
   return static_cast<const T*>(x.data) + b * x.batch + l * x.token + h * x.head;
 }
 
-// Floats of some tokens of one head: where they lie if they can be read as they are, else a copy.
+// bfloat16 whose products are formed of floats all the same: a question's mean is no bfloat16.
+struct Widened : BFloat16 {};
+
+template <typename Run>
+VD_INLINE void by_form(Dtype dtype, bool mean, const Run& run) {
+  if (dtype == Dtype::kBFloat16 && mean) return run(Widened{});
+  by_dtype(dtype, run);
+}
+
+int64_t row_step_of(Dtype dtype, bool mean) {
+  int64_t step = 0;
+  by_form(dtype, mean, [&](auto t) { step = row_step<decltype(t)>; });
+  return step;
+}
+
+// Some tokens of one head as rows of units (pairs.h): where they lie if they can be read as they are,
+// else a copy.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-// `vectors`: whether whole vectors will be read, not floats one by one. `room` holds
+// `vectors`: whether whole vectors will be read, not units one by one. `room` holds
 // rows * (width rounded up).
 template <typename T>
-VD_INLINE Rows as_floats(const T* from, int64_t stride, int64_t rows, int64_t width, bool vectors,
-                         float* room) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (!vectors || width % kLanes == 0) return {from, stride};
+VD_INLINE Rows rows_of(const T* from, int64_t stride, int64_t rows, int64_t width, bool vectors,
+                       float* room) {
+  constexpr int64_t each = kPaired<T> ? 2 : 1;  // elements of a unit
+  if constexpr (sizeof(T) * each == sizeof(float)) {
+    if (stride % each == 0 && width % (vectors ? row_step<T> : each) == 0) {
+      return {reinterpret_cast<const float*>(from), stride / each};
+    }
   }
-  const int64_t step = round_up(width, kLanes);
-  for (int64_t i = 0; i < rows; ++i) load_row(from + i * stride, width, room + i * step);
-  return {room, step};
+  const int64_t step = round_up(width, row_step<T>);
+  for (int64_t i = 0; i < rows; ++i) {
+    load_units(from + i * stride, width, step, room + i * units_of<T>(step));
+  }
+  return {room, units_of<T>(step)};
 }
 
 // What both passes need of the scratch memory, for kBlock tokens of one head.
+template <typename T>
 struct Room {
   int64_t width, channels;  // rounded up to whole vectors
   Carver carve;
   float *query, *rows;
-  float *scores, *shares;  // [tokens of the question, kBlock]: a visual token to a column
+  float *scores, *shares, *left;  // [tokens of the question, kBlock]: a visual token to a column
   float *reduced, *gate;
 
   Room(const Arguments& g, float* scratch)
-      : width(round_up(g.width, kLanes)),
-        channels(round_up(g.channels, kLanes)),
+      : width(round_up(g.width, row_step<T>)),
+        channels(round_up(g.channels, row_step<T>)),
         carve(scratch),
         query(carve.take(kBlock * width)),
         rows(carve.take(kBlock * g.padded)),
         scores(carve.take(g.padded * kBlock)),
         shares(carve.take(g.padded * kBlock)),
+        left(carve.take(kPaired<T> ? g.padded * kBlock : 0)),
         reduced(carve.take(kBlock)),
         gate(carve.take(kBlock * channels)) {}
 };
 
-int64_t forward_scratch(const Arguments& g) { return Room(g, nullptr).carve.used(); }
+int64_t forward_scratch(const Arguments& g) {
+  int64_t floats = 0;
+  by_dtype(g.dtype, [&](auto t) { floats = Room<decltype(t)>(g, nullptr).carve.used(); });
+  return floats;
+}
 
 VD_INLINE void sigmoid_row(float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, sigmoid(load(x + i)));
@@ -96,21 +124,28 @@ VD_INLINE F softmax_columns(const float* s, int64_t n, float* p) {
 
 // Of `rows` tokens the scores, p where `keep` or the gate is per channel, r, and the gate: [rows], or
 // per channel [rows,Dv'].
-inline void gate_of(const Arguments& g, const Room& room, int64_t b, int64_t h, const Rows& query,
-                    int64_t rows, bool keep) {
+template <typename T>
+void gate_of(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, const Rows& query,
+             int64_t rows, bool keep) {
   const int64_t n = g.count[b], head = b * g.heads + h, channels = room.channels;
   if (n > 0) {
     const int64_t padded = round_up(n, kLanes);
-    gemm(rows, n, g.width, query.data, {query.stride, 1},
-         g.key_columns + head * room.width * g.padded, g.padded, room.rows, padded, false);
+    gemm<kPaired<T>>(rows, n, units_of<T>(g.width), query.data, {query.stride, 1},
+                     g.key_columns + head * room.width * g.padded, g.padded, room.rows, padded,
+                     false);
+    for (int64_t i = 0; kPaired<T> && i < rows * padded; i += kLanes) {
+      store(room.rows + i, load(room.rows + i) * g.scale);  // keys are as they were given
+    }
     transpose(rows, n, room.rows, padded, room.scores, kBlock);
   }
   if (g.per_channel) {
     for (int64_t i = 0; n > 0 && i < rows; i += kLanes) {
       softmax_columns(room.scores + i, n, room.shares + i);
     }
-    gemm(rows, g.channels, n, room.shares, {1, kBlock}, g.gate_value + head * g.padded * channels,
-         channels, room.gate, channels, false);
+    const Left p = over_rows<T>(room.shares, n, kBlock, rows, room.left);
+    gemm<kPaired<T>>(rows, g.channels, units_of<T>(n), p.data, p.strides,
+                     g.gate_value + head * g.padded * channels, channels, room.gate, channels,
+                     false);
     for (int64_t i = 0; i < rows; ++i) {
       float* gate = room.gate + i * channels;
       for (int64_t c = 0; g.bias && c < g.channels; ++c) gate[c] += g.bias[h * g.channels + c];
@@ -149,7 +184,7 @@ VD_INLINE void fetch_next(const Arguments& g, const Tokens& x, int64_t b, int64_
 template <typename T>
 void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
   const int64_t blocks = (g.length + kBlock - 1) / kBlock;
-  const Room room(g, scratch);
+  const Room<T> room(g, scratch);
   T* const out = static_cast<T*>(g.out);
   T* const gate_out = static_cast<T*>(g.gate);
   const bool around = g.stream && g.out && can_stream(out, g.channels);
@@ -157,8 +192,8 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
     const int64_t b = block / blocks, first = block % blocks * kBlock;
     const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
     for (int64_t h = 0; h < g.heads; ++h) {
-      const Rows query = as_floats(at<T>(g.query, b, first, h), g.query.token, rows, g.width, false,
-                                   room.query);
+      const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, false,
+                                 room.query);
       fetch_next<T>(g, g.value, b, first, h + 1, g.channels);
       gate_of(g, room, b, h, query, rows, false);
       fetch_next<T>(g, g.query, b, first, h + 1, g.width);
@@ -181,17 +216,27 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
 }
 
 // Backward's own part of the scratch memory.
-struct GradientRoom : Room {
-  float *grad_shares, *grad_query, *grad_gate;
+template <typename T>
+struct GradientRoom : Room<T> {
+  float *grad_shares, *grad_query, *grad_gate, *grad_units, *stack;
 
   GradientRoom(const Arguments& g, float* scratch)
-      : Room(g, scratch),
-        grad_shares(carve.take(g.padded * kBlock)),
-        grad_query(carve.take(kBlock * width)),
-        grad_gate(carve.take(kBlock * channels)) {}
+      : Room<T>(g, scratch),
+        grad_shares(take(g.padded * kBlock)),
+        grad_query(take(kBlock * this->width)),
+        grad_gate(take(kBlock * this->channels)),
+        grad_units(take(kPaired<T> ? kBlock * units_of<T>(this->channels) : 0)),
+        stack(take(kPaired<T> ? units_of<T>(kBlock) * larger(this->width, this->channels) : 0)) {}
+
+  float* take(int64_t floats) { return this->carve.take(floats); }
+  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
-int64_t backward_scratch(const Arguments& g) { return GradientRoom(g, nullptr).carve.used(); }
+int64_t backward_scratch(const Arguments& g) {
+  int64_t floats = 0;
+  by_dtype(g.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(g, nullptr).carve.used(); });
+  return floats;
+}
 
 // dL/ds of kLanes tokens from their dL/dr: in `grads`, which holds p if the reduction is a softmax.
 VD_INLINE void scores_gradient(Reduction reduction, const float* s, F reduced, F grad, int64_t n,
@@ -217,7 +262,8 @@ VD_INLINE void scores_gradient(Reduction reduction, const float* s, F reduced, F
 struct HeadSums {
   float *key, *gate_value, *bias;
 
-  HeadSums(const Arguments& g, const Room& room, int64_t b, int64_t h, int64_t part) {
+  template <typename T>
+  HeadSums(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, int64_t part) {
     const int64_t chunk = (b * g.heads + h) * g.chunks + part;
     const auto at_chunk = [&](float* sums, int64_t each) {
       return sums ? sums + chunk * each : nullptr;
@@ -227,7 +273,8 @@ struct HeadSums {
     bias = at_chunk(g.grad_bias, g.per_channel ? room.channels : 1);
   }
 
-  void clear(const Arguments& g, const Room& room) const {
+  template <typename T>
+  void clear(const Arguments& g, const Room<T>& room) const {
     for (int64_t i = 0; key && i < g.padded * room.width; ++i) key[i] = 0.0f;
     for (int64_t i = 0; gate_value && i < g.padded * room.channels; ++i) gate_value[i] = 0.0f;
     for (int64_t i = 0; bias && i < (g.per_channel ? room.channels : 1); ++i) bias[i] = 0.0f;
@@ -235,8 +282,9 @@ struct HeadSums {
 };
 
 template <typename T>
-void backward_block(const Arguments& g, const GradientRoom& room, int64_t b, int64_t h,
+void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, int64_t h,
                     int64_t first, const HeadSums& sums) {
+  constexpr bool pairs = kPaired<T>;
   const int64_t width = room.width, channels = room.channels;
   const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
   const int64_t head = b * g.heads + h, n = g.count[b];
@@ -245,8 +293,8 @@ void backward_block(const Arguments& g, const GradientRoom& room, int64_t b, int
   T* const to_value = static_cast<T*>(g.grad_value);
   const bool around_query = g.stream && to_query && can_stream(to_query, g.width);
   const bool around_value = g.stream && to_value && can_stream(to_value, g.channels);
-  const Rows query = as_floats(at<T>(g.query, b, first, h), g.query.token, rows, g.width, true,
-                               room.query);
+  const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, true,
+                             room.query);
   fetch_next<T>(g, g.value, b, first, h + 1, g.channels);
   gate_of(g, room, b, h, query, rows, true);
   fetch_next<T>(g, g.query, b, first, h + 1, g.width);
@@ -300,13 +348,27 @@ void backward_block(const Arguments& g, const GradientRoom& room, int64_t b, int
   if (!to_query && !sums.key && !sums.gate_value) return;
 
   if (n > 0 && g.per_channel) {
+    const float* grad = room.grad_gate;
+    int64_t step = channels;
+    if constexpr (pairs) {
+      step = units_of<T>(channels);
+      for (int64_t i = 0; i < rows; ++i) {
+        // Padding is zero: a vector of them at least follows what is no whole vector.
+        for (int64_t c = g.channels; c < channels; ++c) room.grad_gate[i * channels + c] = 0.0f;
+        store_row(room.grad_gate + i * channels, channels, 1.0f,
+                  reinterpret_cast<T*>(room.grad_units + i * step));
+      }
+      grad = room.grad_units;
+    }
     if (sums.gate_value) {
-      gemm(n, g.channels, rows, room.shares, {kBlock, 1}, room.grad_gate, channels, sums.gate_value,
-           channels, true);
+      const Left p = over_columns<T>(room.shares, n, kBlock, rows, room.left);
+      const Stack of_rows = stack_of<T>(grad, step, rows, channels, room.stack);
+      gemm<pairs>(n, g.channels, units_of<T>(rows), p.data, p.strides, of_rows.data, of_rows.stride,
+                  sums.gate_value, channels, true);
     }
     const int64_t padded = round_up(n, kLanes);
-    gemm(rows, n, g.channels, room.grad_gate, {channels, 1},
-         g.gate_columns + head * channels * g.padded, g.padded, room.rows, padded, false);
+    gemm<pairs>(rows, n, units_of<T>(g.channels), grad, {step, 1},
+                g.gate_columns + head * channels * g.padded, g.padded, room.rows, padded, false);
     transpose(rows, n, room.rows, padded, room.grad_shares, kBlock);
     for (int64_t i = 0; i < rows; i += kLanes) {
       float* p = room.shares + i;
@@ -326,28 +388,32 @@ void backward_block(const Arguments& g, const GradientRoom& room, int64_t b, int
     }
   }
   if (sums.key && n > 0) {
-    gemm(n, g.width, rows, room.shares, {kBlock, 1}, query.data, query.stride, sums.key, width,
-         true);
+    const Left grad = over_columns<T>(room.shares, n, kBlock, rows, room.left);
+    const Stack q = stack_of<T>(query.data, query.stride, rows, width, room.stack);
+    gemm<pairs>(n, g.width, units_of<T>(rows), grad.data, grad.strides, q.data, q.stride, sums.key,
+                width, true);
   }
   if (!to_query) return;
   // With no real token n is 0 and the product is 0.
-  gemm(rows, g.width, n, room.shares, {1, kBlock}, g.key + head * g.padded * width, width,
-       room.grad_query, width, false);
+  const Left grad = over_rows<T>(room.shares, n, kBlock, rows, room.left);
+  gemm<pairs>(rows, g.width, units_of<T>(n), grad.data, grad.strides, g.key + head * g.padded * width,
+              width, room.grad_query, width, false);
+  const float factor = pairs ? g.scale : 1.0f;  // which keys lack if they are as they were given
   for (int64_t i = 0; i < rows; ++i) {
     T* to = to_query + ((b * g.length + first + i) * g.heads + h) * g.width;
     if (around_query) {
       for (int64_t d = 0; d < g.width; d += kLanes) {
-        stream(to + d, load(room.grad_query + i * width + d));
+        stream(to + d, load(room.grad_query + i * width + d) * factor);
       }
     } else {
-      store_row(room.grad_query + i * width, g.width, 1.0f, to);
+      store_row(room.grad_query + i * width, g.width, factor, to);
     }
   }
 }
 
 template <typename T>
 void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
-  const GradientRoom room(g, scratch);
+  const GradientRoom<T> room(g, scratch);
   const int64_t blocks = (g.length + kBlock - 1) / kBlock;
   const int64_t groups = (g.heads + kHeads - 1) / kHeads;
   for (int64_t task = begin; task < end; ++task) {
@@ -357,7 +423,7 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
     for (int64_t h = first_head; h < end_head; ++h) HeadSums(g, room, b, h, part).clear(g, room);
     for (int64_t block = part * blocks / g.chunks; block < (part + 1) * blocks / g.chunks; ++block) {
       for (int64_t h = first_head; h < end_head; ++h) {
-        backward_block<T>(g, room, b, h, block * kBlock, HeadSums(g, room, b, h, part));
+        backward_block(g, room, b, h, block * kBlock, HeadSums(g, room, b, h, part));
       }
     }
   }
@@ -365,38 +431,50 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
-  by_dtype(g.dtype, [&](auto t) { forward_blocks<decltype(t)>(g, begin, end, scratch); });
+  by_form(g.dtype, g.reduction == Reduction::kMean,
+          [&](auto t) { forward_blocks<decltype(t)>(g, begin, end, scratch); });
 }
 
 void backward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
-  by_dtype(g.dtype, [&](auto t) { backward_tasks<decltype(t)>(g, begin, end, scratch); });
+  by_form(g.dtype, g.reduction == Reduction::kMean,
+          [&](auto t) { backward_tasks<decltype(t)>(g, begin, end, scratch); });
 }
 
+// Where rows are units, `rows` gets a stack and `columns` the transpose of the units, both without
+// `factor`.
 template <typename T>
 void pack_heads(const Packing& p, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = round_up(p.width, kLanes);
+  const int64_t width = round_up(p.width, row_step<T>), units = units_of<T>(width);
+  const bool in_place = p.rows && !kPaired<T>;
   for (int64_t head = begin; head < end; ++head) {
     const int64_t b = head / p.heads, h = head % p.heads;
-    float* rows = p.rows ? p.rows + head * p.padded * width : scratch;
-    for (int64_t i = 0; i < p.padded * width; ++i) rows[i] = 0.0f;
+    float* rows = in_place ? p.rows + head * p.padded * width : scratch;
+    for (int64_t i = 0; i < p.padded * units; ++i) rows[i] = 0.0f;
     int64_t n = 0;
     for (int64_t j = 0; j < p.tokens; ++j) {
       if (p.real && !p.real[b * p.tokens + j]) continue;
       const T* token = at<T>(p.from, b, j, h);
-      float* row = rows + (p.mean ? 0 : n * width);
-      for (int64_t d = 0; d < p.width; ++d) row[d] += p.factor * widen(token[d]);
+      if constexpr (kPaired<T>) {
+        load_units(token, p.width, width, rows + n * units);
+      } else {
+        float* row = rows + (p.mean ? 0 : n * width);
+        for (int64_t d = 0; d < p.width; ++d) row[d] += p.factor * widen(token[d]);
+      }
       ++n;
     }
     for (int64_t d = 0; p.mean && n > 0 && d < width; ++d) rows[d] /= static_cast<float>(n);
     if (p.columns) {
-      transpose(p.padded, width, rows, width, p.columns + head * width * p.padded, p.padded);
+      transpose(p.padded, units, rows, units, p.columns + head * width * p.padded, p.padded);
+    }
+    if (p.rows && !in_place) {
+      stack_of<T>(rows, units, p.padded, width, p.rows + head * p.padded * width);
     }
   }
 }
 
 template <typename T>
 void unpack_heads(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = round_up(u.width, kLanes);
+  const int64_t width = round_up(u.width, row_step<T>);
   T* const to = static_cast<T*>(u.to);
   for (int64_t head = begin; head < end; ++head) {
     const int64_t b = head / u.heads, h = head % u.heads;
@@ -419,17 +497,17 @@ void unpack_heads(const Unpacking& u, int64_t begin, int64_t end, float* scratch
 }
 
 void pack(const Packing& p, int64_t begin, int64_t end, float* scratch) {
-  by_dtype(p.dtype, [&](auto t) { pack_heads<decltype(t)>(p, begin, end, scratch); });
+  by_form(p.dtype, p.mean, [&](auto t) { pack_heads<decltype(t)>(p, begin, end, scratch); });
 }
 
 void unpack(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
-  by_dtype(u.dtype, [&](auto t) { unpack_heads<decltype(t)>(u, begin, end, scratch); });
+  by_form(u.dtype, u.mean, [&](auto t) { unpack_heads<decltype(t)>(u, begin, end, scratch); });
 }
 
 }  // namespace
 
 const language_gate::Kernels language_gate_kernels = {
-    kLanes, forward_scratch, forward, backward_scratch, backward, pack, unpack,
+    kLanes, row_step_of, forward_scratch, forward, backward_scratch, backward, pack, unpack,
 };
 
 }  // namespace VD_ISA

@@ -24,13 +24,14 @@ struct Arguments {
   Tokens query, value;
   const float* bias;  // [H] or [H,Dv]
   Reduction reduction;
+  float scale;
   bool per_channel;
 
-  // The question, packed: of each question its real tokens alone, in floats.
-  // D' and Dv' are D and Dv rounded up to whole vectors.
+  // The question, packed: of each question its real tokens alone, in floats (or in pairs of bfloat16,
+  // which take half of the room; see pairs.h). D' and Dv' are D and Dv rounded up to whole vectors.
   int64_t padded;             // most real tokens of a question, rounded up likewise
   const int64_t* count;       // [B] real tokens
-  const float* key;           // [B,H,padded,D'], times scale; for backward
+  const float* key;           // [B,H,padded,D'], times scale unless in pairs; for backward
   const float* key_columns;   // [B,H,D',padded]
   const float* gate_value;    // [B,H,padded,Dv']
   const float* gate_columns;  // [B,H,Dv',padded]; for backward
@@ -73,7 +74,8 @@ struct Unpacking {
 };
 
 struct Kernels {
-  int lanes;
+  int lanes;  // what tokens of the question are rounded up to
+  int64_t (*row_step)(Dtype, bool mean);  // what D and Dv are rounded up to
   int64_t (*forward_scratch)(const Arguments&);  // floats that one thread needs
   // Blocks begin .. end of B * ceil(L / kBlock): a block is kBlock tokens with all their heads.
   void (*forward)(const Arguments&, int64_t begin, int64_t end, float* scratch);

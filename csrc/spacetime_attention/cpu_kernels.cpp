@@ -3,10 +3,13 @@
 // Keys and values that may be seen are gathered into rows in the cache, prefixes first. A few queries
 // at a time then see all of them: the softmax needs no second look, and nothing but the sequence's
 // own rows is kept. Backward computes p again.
+//
+// Rows hold units: floats, or pairs of bfloat16 where there are products of those (pairs.h).
 #include "spacetime_attention/cpu_kernels.h"
 
 #include "common/carve.h"
 #include "common/gemm.h"
+#include "common/pairs.h"
 #include "common/softmax.h"
 
 namespace vd {
@@ -29,7 +32,7 @@ int64_t block_of(int64_t keys) { return keys <= 512 ? 48 : 16; }
 // next frame is far away: one long row is read as fast as memory allows, twelve short ones are not.
 int64_t heads_at_once(const Arguments& a) {
   if (a.axis != Axis::kTime) return 1;
-  constexpr int64_t kFitting = 49152;  // floats in a second-level cache, with room for others
+  constexpr int64_t kFitting = 49152;  // units in a second-level cache, with room for others
   const int64_t each = 3 * (a.prefixes + a.length) * round_up(a.width, kLanes);
   return larger(1, smaller(a.heads, kFitting / larger(each, 1)));
 }
@@ -93,13 +96,15 @@ int64_t count_real(const Sequence& s, int32_t* before) {
   return n;
 }
 
-// Rows of some heads as floats times `factor`, each padded with zeros to `width`.
+// Rows of some heads as units times `factor`, each padded with zeros to `width` elements.
 template <typename T>
 VD_INLINE void load_heads(const T* from, int64_t head_stride, int64_t heads, int64_t n,
                           int64_t width, float factor, float* to) {
-  if (head_stride == n && n == width) return load_row(from, heads * n, to, factor);
+  if (head_stride == n && n == width) {
+    return load_units(from, heads * n, heads * width, to, factor);
+  }
   for (int64_t h = 0; h < heads; ++h) {
-    load_row(from + h * head_stride, n, to + h * width, factor);
+    load_units(from + h * head_stride, n, width, to + h * units_of<T>(width), factor);
   }
 }
 
@@ -110,7 +115,7 @@ VD_INLINE void gather(const Sequence& s, const Prefix& prefix, const Video& x,
                       float* rows) {
   const auto copy = [&](const T* from, int64_t head_stride) {
     load_heads(from, head_stride, heads, s.a.width, width, factor, rows);
-    rows += heads * width;
+    rows += heads * units_of<T>(width);
   };
   for (int64_t i = 0; i < s.a.prefixes; ++i) copy(s.at<T>(prefix, i), prefix.head);
   for (int64_t i = 0; i < s.a.length; ++i) {
@@ -122,12 +127,13 @@ VD_INLINE void gather(const Sequence& s, const Prefix& prefix, const Video& x,
 template <typename T>
 VD_INLINE void gather(const Sequence& s, const Video& x, int64_t heads, int64_t width,
                       float* rows) {
+  const int64_t step = heads * units_of<T>(width);
   for (int64_t i = 0; i < s.a.length; ++i) {
-    load_heads(s.at<T>(x, i), x.head, heads, s.a.width, width, 1.0f, rows + i * heads * width);
+    load_heads(s.at<T>(x, i), x.head, heads, s.a.width, width, 1.0f, rows + i * step);
   }
 }
 
-// Some rows of queries as floats: where they lie if they can be read as they are, else a copy.
+// Some rows of units: where they lie if they can be read as they are, else a copy.
 struct Rows {
   const float* data;
   int64_t stride;
@@ -136,15 +142,19 @@ struct Rows {
 template <typename T>
 VD_INLINE Rows rows_of(const Sequence& s, const Video& x, int64_t first, int64_t rows,
                        int64_t width, float* room) {
-  if constexpr (sizeof(T) == sizeof(float)) {
+  constexpr int64_t each = sizeof(float) / sizeof(T);  // elements of a unit
+  if constexpr (each == 1 || kPaired<T>) {
     const int64_t stride = s.a.axis == Axis::kTime ? x.frame : x.patch;
     const bool even = s.a.axis != Axis::kJoint || x.frame == s.a.patches * x.patch;
-    if (even && s.a.width == width) return {s.at<float>(x, first), stride};
+    if (even && stride % each == 0 && s.a.width == width) {
+      return {reinterpret_cast<const float*>(s.at<T>(x, first)), stride / each};
+    }
   }
+  const int64_t step = units_of<T>(width);
   for (int64_t i = 0; i < rows; ++i) {
-    load_row(s.at<T>(x, first + i), s.a.width, room + i * width);
+    load_units(s.at<T>(x, first + i), s.a.width, width, room + i * step);
   }
-  return {room, width};
+  return {room, step};
 }
 
 // Calls visit(from, to) for each stretch of columns that token i may see, in order. Prefixes, which
@@ -226,47 +236,61 @@ VD_INLINE void write_row(const float* from, int64_t n, float factor, T* to, bool
 }
 
 // What every pass needs of the scratch memory.
+template <typename T>
 struct Room {
-  int64_t width, keys, block;  // floats of a row, most keys (whole vectors), queries at a time
-  int64_t heads, step;         // whose rows are gathered at once, and their floats
+  int64_t width, keys, block;  // elements of a row, most keys (whole vectors), queries at a time
+  int64_t units;               // of a row
+  int64_t heads, step;         // whose rows are gathered at once, and their units
   Carver carve;
-  float *key, *value;  // [keys, heads, width]
-  float* query;        // [L, heads, width], or [block, width] where heads is 1
-  float *key_columns, *scores, *weights, *result, *gate, *shares, *prefix;
+  float *key, *value;  // [keys, heads, units]
+  float* query;        // [L, heads, units], or [block, units] where heads is 1
+  float *key_columns, *value_stack, *scores, *weights, *left, *result, *gate, *shares, *prefix;
   int32_t* before;
 
   Room(const Arguments& a, float* scratch)
-      : width(round_up(a.width, kLanes)),
+      : width(round_up(a.width, row_step<T>)),
         keys(round_up(a.prefixes + a.length, kLanes)),
         block(block_of(keys)),
+        units(units_of<T>(width)),
         heads(heads_at_once(a)),
-        step(heads * width),
+        step(heads * units),
         carve(scratch),
         key(carve.take(keys * step)),
         value(carve.take(keys * step)),
         query(carve.take(queries(a) * step)),
-        key_columns(carve.take(keys * width)),
+        key_columns(carve.take(keys * units)),
+        value_stack(carve.take(paired(units_of<T>(keys) * width))),
         scores(carve.take(block * keys)),
         weights(carve.take(keys * block)),
+        left(carve.take(paired(units_of<T>(keys) * block))),
         result(carve.take(block * width)),
         gate(carve.take(width)),
         shares(carve.take(block)),
-        prefix(carve.take(width)),
+        prefix(carve.take(units)),
         before(reinterpret_cast<int32_t*>(carve.take(a.length + 1))) {}
 
   int64_t queries(const Arguments& a) const { return heads > 1 ? larger(a.length, block) : block; }
+  static int64_t paired(int64_t floats) { return kPaired<T> ? floats : 0; }
 };
 
-int64_t forward_scratch(const Arguments& a) { return Room(a, nullptr).carve.used(); }
+int64_t forward_scratch(const Arguments& a) {
+  int64_t floats = 0;
+  by_dtype(a.dtype, [&](auto t) { floats = Room<decltype(t)>(a, nullptr).carve.used(); });
+  return floats;
+}
 
 // Weights of some queries over all keys, not yet normalised: room.weights [keys, block], a query to a
 // column. room.shares makes each sum to 1. `first` is the first query's token, or negative for
 // prefixes, which see everything.
-inline void attend(const Sequence& s, const Room& room, const Rows& query, int64_t first,
-                   int64_t rows, int64_t keys) {
+template <typename T>
+void attend(const Sequence& s, const Room<T>& room, const Rows& query, int64_t first, int64_t rows,
+            int64_t keys) {
   const int64_t padded = round_up(keys, kLanes);
-  gemm(rows, keys, s.a.width, query.data, {query.stride, 1}, room.key_columns, padded, room.scores,
-       padded, false);
+  gemm<kPaired<T>>(rows, keys, units_of<T>(s.a.width), query.data, {query.stride, 1},
+                   room.key_columns, padded, room.scores, padded, false);
+  for (int64_t i = 0; kPaired<T> && i < rows * padded; i += kLanes) {
+    store(room.scores + i, load(room.scores + i) * s.a.scale);  // keys are as they were given
+  }
   for (int64_t i = 0; first >= 0 && limited(s.a) && i < rows; ++i) {
     hide(s, room.before, first + i, keys, room.scores + i * padded);
   }
@@ -277,35 +301,44 @@ inline void attend(const Sequence& s, const Room& room, const Rows& query, int64
   }
 }
 
+// The sum of values by the weights of some queries, in room.result.
+template <typename T>
+VD_INLINE void sum_values(const Arguments& a, const Room<T>& room, const Stack& value, int64_t rows,
+                          int64_t keys) {
+  const Left p = over_rows<T>(room.weights, keys, room.block, rows, room.left);
+  gemm<kPaired<T>>(rows, a.width, units_of<T>(keys), p.data, p.strides, value.data, value.stride,
+                   room.result, room.width, false);
+}
+
 // What a task has gathered of its head number `head`.
+template <typename T>
 struct Head {
   const float *key, *value;
   float* query;
   int64_t step;  // between rows
 
-  Head(const Room& room, int64_t head, int64_t heads)
-      : key(room.key + head * room.width),
-        value(room.value + head * room.width),
-        query(room.query + head * room.width),
-        step(heads * room.width) {}
+  Head(const Room<T>& room, int64_t head, int64_t heads)
+      : key(room.key + head * room.units),
+        value(room.value + head * room.units),
+        query(room.query + head * room.units),
+        step(heads * room.units) {}
 };
 
 // Queries first .. first + rows.
 template <typename T>
-VD_INLINE Rows queries_of(const Sequence& s, const Room& room, const Head& own, int64_t first,
+VD_INLINE Rows queries_of(const Sequence& s, const Room<T>& room, const Head<T>& own, int64_t first,
                           int64_t rows) {
   if (room.heads > 1) return {own.query + first * own.step, own.step};
   return rows_of<T>(s, s.a.query, first, rows, room.width, room.query);
 }
 
 template <typename T>
-void prefix_forward(const Sequence& s, const Room& room, const Head& own, int64_t keys) {
+void prefix_forward(const Sequence& s, const Room<T>& room, const Stack& value, int64_t keys) {
   const Arguments& a = s.a;
   for (int64_t i = 0; i < a.prefixes; ++i) {
-    load_row(s.at<T>(a.prefix_query, i), a.width, room.prefix);
-    attend(s, room, {room.prefix, room.width}, -1, 1, keys);
-    gemm(1, a.width, keys, room.weights, {1, room.block}, own.value, own.step, room.result,
-         room.width, false);
+    load_units(s.at<T>(a.prefix_query, i), a.width, room.width, room.prefix);
+    attend(s, room, {room.prefix, room.units}, -1, 1, keys);
+    sum_values(a, room, value, 1, keys);
     store_row(room.result, a.width, room.shares[0],
               static_cast<T*>(a.prefix_out) + s.prefix_row(i) * a.width);
   }
@@ -313,7 +346,7 @@ void prefix_forward(const Sequence& s, const Room& room, const Head& own, int64_
 
 template <typename T>
 void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  const Room room(a, scratch);
+  const Room<T> room(a, scratch);
   const int64_t width = room.width;
   T* const out = static_cast<T*>(a.out);
   const bool around = a.stream && can_stream(out, a.width);
@@ -325,13 +358,13 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
     gather<T>(s, a.prefix_value, a.value, room.before, heads, width, 1.0f, room.value);
     if (room.heads > 1) gather<T>(s, a.query, heads, width, room.query);
     for (int64_t head = 0; head < heads; ++head, ++s.h) {
-      const Head own(room, head, heads);
-      transpose(keys, a.width, own.key, own.step, room.key_columns, padded);
+      const Head<T> own(room, head, heads);
+      transpose(keys, units_of<T>(a.width), own.key, own.step, room.key_columns, padded);
+      const Stack value = stack_of<T>(own.value, own.step, keys, width, room.value_stack);
       for (int64_t first = 0; first < a.length; first += room.block) {
         const int64_t rows = smaller(room.block, a.length - first);
-        attend(s, room, queries_of<T>(s, room, own, first, rows), first, rows, keys);
-        gemm(rows, a.width, keys, room.weights, {1, room.block}, own.value, own.step, room.result,
-             width, false);
+        attend(s, room, queries_of(s, room, own, first, rows), first, rows, keys);
+        sum_values(a, room, value, rows, keys);
         for (int64_t i = 0; i < rows; ++i) {
           float* result = room.result + i * width;
           const GateRow gate = gate_of(s, first + i, room.gate);
@@ -340,46 +373,73 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
                     around);
         }
       }
-      if (a.prefix_out) prefix_forward<T>(s, room, own, keys);
+      if (a.prefix_out) prefix_forward(s, room, value, keys);
     }
   }
   finish_streams();
 }
 
 // Backward's own part of the scratch memory.
-struct GradientRoom : Room {
-  float *value_columns, *grad_key, *grad_value, *grad_weights, *grad_out, *zeros;
-  float* grads;  // [L, heads, width] of the output, unless heads is 1
+template <typename T>
+struct GradientRoom : Room<T> {
+  float *value_columns, *key_stack, *query_stack, *grad_stack;
+  float *grad_key, *grad_value, *grad_weights, *columns, *grad_out, *grad_units, *zeros;
+  float* grads;  // [L, heads, units] of the output, unless heads is 1
 
   GradientRoom(const Arguments& a, float* scratch)
-      : Room(a, scratch),
-        value_columns(carve.take(keys * width)),
-        grad_key(carve.take(keys * width)),
-        grad_value(carve.take(keys * width)),
-        grad_weights(carve.take(keys * block)),
-        grad_out(carve.take(block * width)),
-        zeros(carve.take(width)),
-        grads(carve.take(heads > 1 ? a.length * heads * width : 0)) {}
+      : Room<T>(a, scratch),
+        value_columns(take(this->keys * this->units)),
+        key_stack(take(this->paired(units_of<T>(this->keys) * this->width))),
+        query_stack(take(this->paired(units_of<T>(this->block) * this->width))),
+        grad_stack(take(this->paired(units_of<T>(this->block) * this->width))),
+        grad_key(take(this->keys * this->width)),
+        grad_value(take(this->keys * this->width)),
+        grad_weights(take(this->keys * this->block)),
+        columns(take(this->paired(this->keys * units_of<T>(this->block)))),
+        grad_out(take(this->block * this->width)),
+        grad_units(take(this->paired(this->block * this->units))),
+        zeros(take(this->width)),
+        grads(take(this->heads > 1 ? a.length * this->step : 0)) {}
+
+  float* take(int64_t floats) { return this->carve.take(floats); }
 };
 
-int64_t backward_scratch(const Arguments& a) { return GradientRoom(a, nullptr).carve.used(); }
+int64_t backward_scratch(const Arguments& a) {
+  int64_t floats = 0;
+  by_dtype(a.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(a, nullptr).carve.used(); });
+  return floats;
+}
 
 // From p (not yet normalised) and dL/d out in room.grad_out [rows,width]: adds to dL/dk and dL/dv, and
 // gives dL/dq in room.result.
-inline void differentiate(const Arguments& a, const GradientRoom& room, const Head& own,
-                          const Rows& query, int64_t rows, int64_t keys) {
+template <typename T>
+void differentiate(const Arguments& a, const GradientRoom<T>& room, const Stack& key,
+                   const Rows& query, int64_t rows, int64_t keys) {
+  constexpr bool pairs = kPaired<T>;
   const int64_t width = room.width, block = room.block, padded = round_up(keys, kLanes);
+  const float* grad_out = room.grad_out;
+  int64_t grad_step = width;
+  if constexpr (pairs) {
+    for (int64_t i = 0; i < rows; ++i) {
+      store_row(room.grad_out + i * width, width, 1.0f,
+                reinterpret_cast<T*>(room.grad_units + i * room.units));
+    }
+    grad_out = room.grad_units;
+    grad_step = room.units;
+  }
   for (int64_t i = 0; i < rows; i += kLanes) {
     const F share = load(room.shares + i);
     float* p = room.weights + i;
     for (int64_t j = 0; j < keys; ++j) store(p + j * block, load(p + j * block) * share);
   }
   if (a.grad_value || a.grad_prefix_value) {
-    gemm(keys, a.width, rows, room.weights, {block, 1}, room.grad_out, width, room.grad_value, width,
-         true);
+    const Left p = over_columns<T>(room.weights, keys, block, rows, room.columns);
+    const Stack grad = stack_of<T>(grad_out, grad_step, rows, width, room.grad_stack);
+    gemm<pairs>(keys, a.width, units_of<T>(rows), p.data, p.strides, grad.data, grad.stride,
+                room.grad_value, width, true);
   }
-  gemm(rows, keys, a.width, room.grad_out, {width, 1}, room.value_columns, padded, room.scores,
-       padded, false);
+  gemm<pairs>(rows, keys, units_of<T>(a.width), grad_out, {grad_step, 1}, room.value_columns, padded,
+              room.scores, padded, false);
   transpose(rows, keys, room.scores, padded, room.grad_weights, block);
   for (int64_t i = 0; i < rows; i += kLanes) {
     const float* p = room.weights + i;
@@ -391,28 +451,42 @@ inline void differentiate(const Arguments& a, const GradientRoom& room, const He
     }
   }
   if (a.grad_key || a.grad_prefix_key) {
-    gemm(keys, a.width, rows, room.grad_weights, {block, 1}, query.data, query.stride, room.grad_key,
-         width, true);
+    const Left grad = over_columns<T>(room.grad_weights, keys, block, rows, room.columns);
+    const Stack q = stack_of<T>(query.data, query.stride, rows, width, room.query_stack);
+    gemm<pairs>(keys, a.width, units_of<T>(rows), grad.data, grad.strides, q.data, q.stride,
+                room.grad_key, width, true);
   }
-  gemm(rows, a.width, keys, room.grad_weights, {1, block}, own.key, own.step, room.result, width,
-       false);
+  const Left grad = over_rows<T>(room.grad_weights, keys, block, rows, room.left);
+  gemm<pairs>(rows, a.width, units_of<T>(keys), grad.data, grad.strides, key.data, key.stride,
+              room.result, width, false);
+}
+
+// What dL/dq still lacks: keys were scaled when they were gathered, unless they were left as units.
+template <typename T>
+float key_factor(const Arguments& a) {
+  return kPaired<T> ? a.scale : 1.0f;
 }
 
 template <typename T>
-void backward_block(const Sequence& s, const GradientRoom& room, const Head& own, int64_t head,
-                    int64_t first, int64_t rows, int64_t keys, bool around) {
+void backward_block(const Sequence& s, const GradientRoom<T>& room, const Head<T>& own,
+                    const Stack& key, const Stack& value, int64_t head, int64_t first, int64_t rows,
+                    int64_t keys, bool around) {
   const Arguments& a = s.a;
   const int64_t width = room.width;
-  const Rows query = queries_of<T>(s, room, own, first, rows);
+  const Rows query = queries_of(s, room, own, first, rows);
   attend(s, room, query, first, rows, keys);
   if (a.grad_gate) {  // dL/d gate = dL/d out * (p v)
-    gemm(rows, a.width, keys, room.weights, {1, room.block}, own.value, own.step, room.result, width,
-         false);
+    sum_values(a, room, value, rows, keys);
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* grad = room.grad_out + i * width;
     if (room.heads > 1) {
-      load_row(room.grads + (first + i) * own.step + head * width, width, grad);
+      const float* units = room.grads + (first + i) * own.step + head * room.units;
+      if constexpr (kPaired<T>) {
+        load_row(reinterpret_cast<const T*>(units), width, grad);
+      } else {
+        load_row(units, width, grad);
+      }
     } else {
       load_row(s.at<T>(a.grad_out, first + i), a.width, grad);
     }
@@ -420,7 +494,7 @@ void backward_block(const Sequence& s, const GradientRoom& room, const Head& own
       const float* out = room.result + i * width;
       if (a.gate.width == 0) {
         F sum = {};
-        for (int64_t d = 0; d < width; d += kLanes) sum = fma(load(grad + d), load(out + d), sum);
+        for (int64_t d = 0; d < a.width; d += kLanes) sum = fma(load(grad + d), load(out + d), sum);
         a.grad_gate[s.row(first + i)] = reduce_add(sum) * room.shares[i];
       } else {
         float* to = a.grad_gate + s.row(first + i) * a.width;
@@ -430,31 +504,33 @@ void backward_block(const Sequence& s, const GradientRoom& room, const Head& own
     const GateRow gate = gate_of(s, first + i, room.gate);
     if (a.gate.data) multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
   }
-  differentiate(a, room, own, query, rows, keys);
+  differentiate(a, room, key, query, rows, keys);
   if (!a.grad_query) return;
   for (int64_t i = 0; i < rows; ++i) {
-    write_row(room.result + i * width, a.width, 1.0f,
+    write_row(room.result + i * width, a.width, key_factor<T>(a),
               static_cast<T*>(a.grad_query) + s.row(first + i) * a.width, around);
   }
 }
 
 template <typename T>
-void prefix_backward(const Sequence& s, const GradientRoom& room, const Head& own, int64_t keys) {
+void prefix_backward(const Sequence& s, const GradientRoom<T>& room, const Stack& key,
+                     int64_t keys) {
   const Arguments& a = s.a;
+  const int64_t width = room.width;
   for (int64_t i = 0; i < a.prefixes; ++i) {
-    const Rows query{room.prefix, room.width};
-    load_row(s.at<T>(a.prefix_query, i), a.width, room.prefix);
+    const Rows query{room.prefix, room.units};
+    load_units(s.at<T>(a.prefix_query, i), a.width, width, room.prefix);
     load_row(s.at<T>(a.grad_prefix_out, i), a.width, room.grad_out);
     attend(s, room, query, -1, 1, keys);
-    differentiate(a, room, own, query, 1, keys);
+    differentiate(a, room, key, query, 1, keys);
     if (!a.grad_prefix_query) continue;
-    store_row(room.result, a.width, 1.0f, a.grad_prefix_query + s.prefix_row(i) * a.width);
+    store_row(room.result, a.width, key_factor<T>(a), a.grad_prefix_query + s.prefix_row(i) * a.width);
   }
 }
 
 template <typename T>
 void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  const GradientRoom room(a, scratch);
+  const GradientRoom<T> room(a, scratch);
   const int64_t width = room.width;
   for (int64_t d = 0; d < width; ++d) room.zeros[d] = 0.0f;
   const auto fits = [&](void* to) { return a.stream && can_stream(static_cast<T*>(to), a.width); };
@@ -469,18 +545,20 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
       if (a.grad_out.data) gather<T>(s, a.grad_out, heads, width, room.grads);
     }
     for (int64_t head = 0; head < heads; ++head, ++s.h) {
-      const Head own(room, head, heads);
-      transpose(keys, a.width, own.key, own.step, room.key_columns, padded);
-      transpose(keys, a.width, own.value, own.step, room.value_columns, padded);
+      const Head<T> own(room, head, heads);
+      transpose(keys, units_of<T>(a.width), own.key, own.step, room.key_columns, padded);
+      transpose(keys, units_of<T>(a.width), own.value, own.step, room.value_columns, padded);
+      const Stack key = stack_of<T>(own.key, own.step, keys, width, room.key_stack);
+      const Stack value = stack_of<T>(own.value, own.step, keys, width, room.value_stack);
       for (int64_t i = 0; i < keys * width; ++i) room.grad_key[i] = room.grad_value[i] = 0.0f;
       for (int64_t first = 0; a.grad_out.data && first < a.length; first += room.block) {
-        backward_block<T>(s, room, own, head, first, smaller(room.block, a.length - first), keys,
-                          fits(a.grad_query));
+        backward_block(s, room, own, key, value, head, first,
+                       smaller(room.block, a.length - first), keys, fits(a.grad_query));
       }
       for (int64_t i = 0; !a.grad_out.data && a.grad_query && i < a.length; ++i) {
         store_row(room.zeros, a.width, 1.0f, static_cast<T*>(a.grad_query) + s.row(i) * a.width);
       }
-      if (a.grad_prefix_out.data) prefix_backward<T>(s, room, own, keys);
+      if (a.grad_prefix_out.data) prefix_backward(s, room, key, keys);
 
       const auto write = [&](const float* rows, float factor, float* prefix, void* tokens) {
         for (int64_t i = 0; prefix && i < a.prefixes; ++i) {

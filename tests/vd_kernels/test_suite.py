@@ -20,8 +20,13 @@ def test_reference(check: Check) -> None:
     check()
 
 
-@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512"])
-@pytest.mark.parametrize("check", suite("cpp"), ids=str)
+# The last level differs from the one before in bfloat16 alone.
+HALF = [check for check in suite("cpp") if "bfloat16" in str(check)]
+ON_LEVELS = [(c, level) for level in ("scalar", "avx2", "avx512") for c in suite("cpp")]
+ON_LEVELS += [(check, "avx512_bf16") for check in HALF]
+
+
+@pytest.mark.parametrize(("check", "level"), ON_LEVELS, ids=str)
 def test_cpp(check: Check, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := load_cpu_kernels():
         pytest.skip(reason)

@@ -1,0 +1,106 @@
+// Products of bfloat16 without widening them: two elements, neighbours in the dimension that is summed
+// over, lie in the place of one float (a unit), and one instruction multiplies and adds both. Where
+// there is no such instruction, the same operands are floats and a unit is one element.
+#pragma once
+
+#include "common/gemm.h"
+
+namespace vd {
+namespace VD_ISA {
+
+template <typename T>
+constexpr bool kPaired = false;
+#if VD_PAIRS
+template <>
+constexpr bool kPaired<BFloat16> = true;
+#endif
+
+// Units of n elements.
+template <typename T>
+constexpr int64_t units_of(int64_t n) {
+  return kPaired<T> ? (n + 1) / 2 : n;
+}
+
+// Elements that a row is rounded up to, so that its units fill whole vectors.
+template <typename T>
+constexpr int64_t row_step = kPaired<T> ? 2 * kLanes : kLanes;
+
+// n elements as units, zeros up to `width`, a multiple of row_step.
+template <typename T>
+VD_INLINE void load_units(const T* from, int64_t n, int64_t width, float* to, float factor = 1.0f) {
+  if constexpr (!kPaired<T>) return load_row(from, n, to, factor);
+  constexpr int64_t step = 2 * kLanes;
+  for (int64_t i = 0; i < width; i += step, to += kLanes) {
+    if (i + step > n) store(to, F{});
+    const int64_t here = i + step <= n ? step : n > i ? n - i : 0;
+    if (here == step) {
+      std::memcpy(to, from + i, sizeof(F));
+    } else {
+      for (int64_t j = 0; j < here; ++j) std::memcpy((char*)to + 2 * j, from + i + j, 2);
+    }
+  }
+}
+
+// Rows to sum over: a matrix's rows, `stride` units apart. What is multiplied by them has one unit for
+// each unit of rows.
+struct Stack {
+  const float* data;
+  int64_t stride;
+};
+
+// The sum over rows [n, width] of units, `stride` apart, needs them as they are if a unit is one
+// element, and two rows woven into one if it is two: in `room`, units_of(n) * width.
+template <typename T>
+VD_INLINE Stack stack_of(const float* rows, int64_t stride, int64_t n, int64_t width, float* room) {
+  if constexpr (!kPaired<T>) return {rows, stride};
+  for (int64_t i = 0; i < n; i += 2) {
+    const auto* even = reinterpret_cast<const BFloat16*>(rows + i * stride);
+    const auto* odd = reinterpret_cast<const BFloat16*>(rows + (i + 1) * stride);
+    float* const to = room + i / 2 * width;
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const U low = (U)load(even + d) >> 16;
+      store(to + d, i + 1 < n ? (F)(low | (U)load(odd + d)) : (F)low);
+    }
+  }
+  return {room, width};
+}
+
+// A left operand, as gemm takes it.
+struct Left {
+  const float* data;
+  Strides strides;
+};
+
+// Of weights [n, stride], a column for each row of the product, what multiplies a stack of n rows.
+// `room` holds units_of(n) * stride.
+template <typename T>
+VD_INLINE Left over_rows(const float* weights, int64_t n, int64_t stride, int64_t columns,
+                         float* room) {
+  if constexpr (!kPaired<T>) return {weights, {1, stride}};
+  for (int64_t j = 0; j < n; j += 2) {
+    const float* from = weights + j * stride;
+    float* const to = room + j / 2 * stride;
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const U low = rounded(load(from + i));
+      store(to + i, j + 1 < n ? (F)(low | rounded(load(from + stride + i)) << 16) : (F)low);
+    }
+  }
+  return {room, {1, stride}};
+}
+
+// Of weights [n, stride], a row for each row of the product, what multiplies a stack of `columns`
+// rows. `room` holds n * stride / 2.
+template <typename T>
+VD_INLINE Left over_columns(const float* weights, int64_t n, int64_t stride, int64_t columns,
+                            float* room) {
+  if constexpr (!kPaired<T>) return {weights, {stride, 1}};
+  for (int64_t j = 0; j < n; ++j) {
+    auto* const to = reinterpret_cast<BFloat16*>(room + j * (stride / 2));
+    for (int64_t i = 0; i < columns; i += kLanes) store(to + i, load(weights + j * stride + i));
+    if (columns % 2 != 0) to[columns] = BFloat16{0};  // its partner in the stack is no row
+  }
+  return {room, {stride / 2, 1}};
+}
+
+}  // namespace VD_ISA
+}  // namespace vd
