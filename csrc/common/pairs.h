@@ -30,15 +30,10 @@ template <typename T>
 VD_INLINE void load_units(const T* from, int64_t n, int64_t width, float* to, float factor = 1.0f) {
   if constexpr (!kPaired<T>) return load_row(from, n, to, factor);
   constexpr int64_t step = 2 * kLanes;
-  for (int64_t i = 0; i < width; i += step, to += kLanes) {
-    if (i + step > n) store(to, F{});
-    const int64_t here = i + step <= n ? step : n > i ? n - i : 0;
-    if (here == step) {
-      std::memcpy(to, from + i, sizeof(F));
-    } else {
-      for (int64_t j = 0; j < here; ++j) std::memcpy((char*)to + 2 * j, from + i + j, 2);
-    }
-  }
+  int64_t i = 0;
+  for (; i + step <= n; i += step) std::memcpy(to + i / 2, from + i, sizeof(F));
+  for (int64_t zero = i; zero < width; zero += step) store(to + zero / 2, F{});
+  for (; i < n; ++i) std::memcpy(reinterpret_cast<T*>(to) + i, from + i, sizeof(T));
 }
 
 // Rows to sum over: a matrix's rows, `stride` units apart. What is multiplied by them has one unit for

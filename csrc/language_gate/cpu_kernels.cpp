@@ -122,17 +122,58 @@ VD_INLINE F softmax_columns(const float* s, int64_t n, float* p) {
   return sums.weighted * share;
 }
 
+// Asks for the rows of the next block while this one is computed, a few whole tokens at a time: what
+// one head has of them lies too far apart for the processor to foresee and for memory to be fast.
+template <typename T>
+class Ahead {
+ public:
+  // The block begins at token `first` of question b, or there is none if that is not below L. Only
+  // heads h .. h + heads are computed.
+  Ahead(const Arguments& g, int64_t b, int64_t first, int64_t h, int64_t heads)
+      : g_(g),
+        b_(b),
+        first_(first),
+        rows_(g.length - first < kBlock ? g.length - first : kBlock),
+        h_(h),
+        heads_(heads),
+        parts_(heads * kParts) {}
+
+  // While the tile at row i of the `done`-th head is computed. Inlined, as GCC takes a function that
+  // does nothing but this for one without effect.
+  VD_INLINE void fetch_part(const Tokens& x, int64_t width, int64_t done, int64_t i) const {
+    if (rows_ <= 0 || !x.data) return;
+    const int64_t part = done * kParts + i / kTileRows;
+    for (int64_t l = part * rows_ / parts_; l < (part + 1) * rows_ / parts_; ++l) {
+      const T* const row = at<T>(x, b_, first_ + l, h_);
+      if (x.head == width) {
+        fetch<2>(row, heads_ * width);
+      } else {
+        for (int64_t h = 0; h < heads_; ++h) fetch<2>(row + h * x.head, width);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kParts = kBlock / kTileRows;
+  const Arguments& g_;
+  int64_t b_, first_, rows_, h_, heads_, parts_;
+};
+
 // Of `rows` tokens the scores, p where `keep` or the gate is per channel, r, and the gate: [rows], or
 // per channel [rows,Dv'].
 template <typename T>
 void gate_of(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, const Rows& query,
-             int64_t rows, bool keep) {
+             int64_t rows, bool keep, const Ahead<T>& ahead, int64_t done) {
   const int64_t n = g.count[b], head = b * g.heads + h, channels = room.channels;
   if (n > 0) {
     const int64_t padded = round_up(n, kLanes);
-    gemm<kPaired<T>>(rows, n, units_of<T>(g.width), query.data, {query.stride, 1},
-                     g.key_columns + head * room.width * g.padded, g.padded, room.rows, padded,
-                     false);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int64_t some = rows - i < kTileRows ? rows - i : kTileRows;
+      ahead.fetch_part(g.query, g.width, done, i);
+      gemm<kPaired<T>>(some, n, units_of<T>(g.width), query.data + i * query.stride,
+                       {query.stride, 1}, g.key_columns + head * room.width * g.padded, g.padded,
+                       room.rows + i * padded, padded, false);
+    }
     for (int64_t i = 0; kPaired<T> && i < rows * padded; i += kLanes) {
       store(room.rows + i, load(room.rows + i) * g.scale);  // keys are as they were given
     }
@@ -171,16 +212,6 @@ void gate_of(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, cons
   }
 }
 
-// Asks for the block of rows that comes next, if it does: they lie too far apart for the processor to
-// foresee.
-template <typename T>
-VD_INLINE void fetch_next(const Arguments& g, const Tokens& x, int64_t b, int64_t first, int64_t h,
-                          int64_t width) {
-  if (h == g.heads || !x.data) return;
-  const int64_t end = first + kBlock < g.length ? first + kBlock : g.length;
-  for (int64_t i = first; i < end; ++i) fetch(at<T>(x, b, i, h), width);
-}
-
 template <typename T>
 void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
   const int64_t blocks = (g.length + kBlock - 1) / kBlock;
@@ -191,13 +222,14 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / blocks, first = block % blocks * kBlock;
     const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
+    const Ahead<T> ahead(g, (block + 1) / blocks,
+                         block + 1 < end ? (block + 1) % blocks * kBlock : g.length, 0, g.heads);
     for (int64_t h = 0; h < g.heads; ++h) {
       const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, false,
                                  room.query);
-      fetch_next<T>(g, g.value, b, first, h + 1, g.channels);
-      gate_of(g, room, b, h, query, rows, false);
-      fetch_next<T>(g, g.query, b, first, h + 1, g.width);
+      gate_of(g, room, b, h, query, rows, false, ahead, h);
       for (int64_t i = 0; i < rows; ++i) {
+        if (i % kTileRows == 0) ahead.fetch_part(g.value, g.channels, h, i);
         const int64_t row = (b * g.length + first + i) * g.heads + h;
         const float* own = room.gate + i * (g.per_channel ? room.channels : 1);
         if (g.out) {
@@ -283,7 +315,7 @@ struct HeadSums {
 
 template <typename T>
 void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, int64_t h,
-                    int64_t first, const HeadSums& sums) {
+                    int64_t first, const HeadSums& sums, const Ahead<T>& ahead, int64_t done) {
   constexpr bool pairs = kPaired<T>;
   const int64_t width = room.width, channels = room.channels;
   const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
@@ -295,15 +327,16 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
   const bool around_value = g.stream && to_value && can_stream(to_value, g.channels);
   const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, true,
                              room.query);
-  fetch_next<T>(g, g.value, b, first, h + 1, g.channels);
-  gate_of(g, room, b, h, query, rows, true);
-  fetch_next<T>(g, g.query, b, first, h + 1, g.width);
-  fetch_next<T>(g, g.grad_out, b, first, h + 1, g.channels);
+  gate_of(g, room, b, h, query, rows, true, ahead, done);
 
   // dL/d logit, and dL/d value
   for (int64_t i = 0; i < rows; ++i) {
     const float* own = room.gate + i * gates;
     float* grad = room.grad_gate + i * gates;
+    if (i % kTileRows == 0) {
+      ahead.fetch_part(g.value, g.channels, done, i);
+      ahead.fetch_part(g.grad_out, g.channels, done, i);
+    }
     for (int64_t c = 0; c < gates; ++c) grad[c] = 0.0f;
     const int64_t row = (b * g.length + first + i) * g.heads + h;
     if (g.grad_out.data) {
@@ -421,9 +454,13 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
     const int64_t first_head = task / g.chunks % groups * kHeads;
     const int64_t end_head = first_head + kHeads < g.heads ? first_head + kHeads : g.heads;
     for (int64_t h = first_head; h < end_head; ++h) HeadSums(g, room, b, h, part).clear(g, room);
-    for (int64_t block = part * blocks / g.chunks; block < (part + 1) * blocks / g.chunks; ++block) {
+    const int64_t end_block = (part + 1) * blocks / g.chunks;
+    for (int64_t block = part * blocks / g.chunks; block < end_block; ++block) {
+      const Ahead<T> ahead(g, b, block + 1 < end_block ? (block + 1) * kBlock : g.length, first_head,
+                           end_head - first_head);
       for (int64_t h = first_head; h < end_head; ++h) {
-        backward_block(g, room, b, h, block * kBlock, HeadSums(g, room, b, h, part));
+        backward_block(g, room, b, h, block * kBlock, HeadSums(g, room, b, h, part), ahead,
+                       h - first_head);
       }
     }
   }

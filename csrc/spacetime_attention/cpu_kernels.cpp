@@ -28,13 +28,12 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // Queries that are computed together, whole vectors of them: their scores stay in the nearest caches.
 int64_t block_of(int64_t keys) { return keys <= 512 ? 48 : 16; }
 
-// Heads whose rows are gathered at once. In time order a token's heads lie side by side, while the
-// next frame is far away: one long row is read as fast as memory allows, twelve short ones are not.
+// Heads of one task, one after the other. In time order a token's heads lie side by side while the next
+// frame is far away: so memory is asked for all heads of a token at once, as long as they fit.
 int64_t heads_at_once(const Arguments& a) {
   if (a.axis != Axis::kTime) return 1;
-  constexpr int64_t kFitting = 49152;  // units in a second-level cache, with room for others
-  const int64_t each = 3 * (a.prefixes + a.length) * round_up(a.width, kLanes);
-  return larger(1, smaller(a.heads, kFitting / larger(each, 1)));
+  constexpr int64_t kFitting = 65536;  // elements in a second-level cache, with room for others
+  return larger(1, smaller(a.heads, kFitting / larger(3 * a.length * a.width, 1)));
 }
 
 int64_t tasks(const Arguments& a) {
@@ -85,6 +84,29 @@ struct Sequence {
   }
 };
 
+// Where the rows of a sequence's tokens lie.
+template <typename T>
+class Walk {
+ public:
+  Walk(const Sequence& s, const Video& x)
+      : s_(s),
+        x_(x),
+        first_(s.at<T>(x, 0)),
+        step_(s.a.axis == Axis::kTime ? x.frame : x.patch),
+        even_(s.a.axis != Axis::kJoint || x.frame == s.a.patches * x.patch) {}
+
+  VD_INLINE const T* operator[](int64_t i) const {
+    return even_ ? first_ + i * step_ : s_.at<T>(x_, i);
+  }
+
+ private:
+  const Sequence& s_;
+  const Video& x_;
+  const T* first_;
+  int64_t step_;
+  bool even_;
+};
+
 // Which of the keys that were gathered belong to a token: before[i] tokens were gathered before it.
 int64_t count_real(const Sequence& s, int32_t* before) {
   int32_t n = 0;
@@ -96,42 +118,52 @@ int64_t count_real(const Sequence& s, int32_t* before) {
   return n;
 }
 
-// Rows of some heads as units times `factor`, each padded with zeros to `width` elements.
-template <typename T>
-VD_INLINE void load_heads(const T* from, int64_t head_stride, int64_t heads, int64_t n,
-                          int64_t width, float factor, float* to) {
-  if (head_stride == n && n == width) {
-    return load_units(from, heads * n, heads * width, to, factor);
-  }
-  for (int64_t h = 0; h < heads; ++h) {
-    load_units(from + h * head_stride, n, width, to + h * units_of<T>(width), factor);
-  }
-}
-
-// What is gathered of the prefixes, then of the real tokens.
+// Rows of the prefixes, then of the real tokens, as units times `factor`, padded with zeros to `width`
+// elements.
 template <typename T>
 VD_INLINE void gather(const Sequence& s, const Prefix& prefix, const Video& x,
-                      const int32_t* before, int64_t heads, int64_t width, float factor,
-                      float* rows) {
-  const auto copy = [&](const T* from, int64_t head_stride) {
-    load_heads(from, head_stride, heads, s.a.width, width, factor, rows);
-    rows += heads * units_of<T>(width);
-  };
-  for (int64_t i = 0; i < s.a.prefixes; ++i) copy(s.at<T>(prefix, i), prefix.head);
+                      const int32_t* before, int64_t width, float factor, float* rows) {
+  const int64_t step = units_of<T>(width);
+  for (int64_t i = 0; i < s.a.prefixes; ++i, rows += step) {
+    load_units(s.at<T>(prefix, i), s.a.width, width, rows, factor);
+  }
+  const Walk<T> walk(s, x);
   for (int64_t i = 0; i < s.a.length; ++i) {
-    if (before[i] != before[i + 1]) copy(s.at<T>(x, i), x.head);
+    if (before[i] == before[i + 1]) continue;
+    load_units(walk[i], s.a.width, width, rows, factor);
+    rows += step;
   }
 }
 
-// Likewise of all tokens.
+// Asks for the rows of the next task while this one is computed, a few whole tokens at a time, lest
+// requests queue up: frames lie too far apart for the processor to foresee.
 template <typename T>
-VD_INLINE void gather(const Sequence& s, const Video& x, int64_t heads, int64_t width,
-                      float* rows) {
-  const int64_t step = heads * units_of<T>(width);
-  for (int64_t i = 0; i < s.a.length; ++i) {
-    load_heads(s.at<T>(x, i), x.head, heads, s.a.width, width, 1.0f, rows + i * step);
+class Ahead {
+ public:
+  // There will be `parts` requests for each tensor.
+  Ahead(const Arguments& a, int64_t task, int64_t end, int64_t heads, int64_t parts)
+      : next_(a, smaller(task + 1, end - 1), heads),
+        heads_(smaller(heads, a.heads - next_.h)),
+        parts_(task + 1 < end ? parts : 0) {}
+
+  // Inlined, as GCC takes a function that does nothing but this for one without effect.
+  VD_INLINE void fetch_part(const Video& x, int64_t part) const {
+    if (parts_ == 0 || !x.data) return;
+    const Arguments& a = next_.a;
+    for (int64_t i = part * a.length / parts_; i < (part + 1) * a.length / parts_; ++i) {
+      const T* const row = next_.template at<T>(x, i);
+      if (x.head == a.width) {
+        fetch<2>(row, heads_ * a.width);
+      } else {
+        for (int64_t h = 0; h < heads_; ++h) fetch<2>(row + h * x.head, a.width);
+      }
+    }
   }
-}
+
+ private:
+  Sequence next_;
+  int64_t heads_, parts_;
+};
 
 // Some rows of units: where they lie if they can be read as they are, else a copy.
 struct Rows {
@@ -144,15 +176,17 @@ VD_INLINE Rows rows_of(const Sequence& s, const Video& x, int64_t first, int64_t
                        int64_t width, float* room) {
   constexpr int64_t each = sizeof(float) / sizeof(T);  // elements of a unit
   if constexpr (each == 1 || kPaired<T>) {
-    const int64_t stride = s.a.axis == Axis::kTime ? x.frame : x.patch;
-    const bool even = s.a.axis != Axis::kJoint || x.frame == s.a.patches * x.patch;
-    if (even && stride % each == 0 && s.a.width == width) {
-      return {reinterpret_cast<const float*>(s.at<T>(x, first)), stride / each};
+    // Frames lie far apart, often by a multiple of what makes them share the same few cache lines.
+    const bool even = s.a.axis == Axis::kSpace ||
+                      (s.a.axis == Axis::kJoint && x.frame == s.a.patches * x.patch);
+    if (even && x.patch % each == 0 && s.a.width == width) {
+      return {reinterpret_cast<const float*>(s.at<T>(x, first)), x.patch / each};
     }
   }
   const int64_t step = units_of<T>(width);
+  const Walk<T> walk(s, x);
   for (int64_t i = 0; i < rows; ++i) {
-    load_units(s.at<T>(x, first + i), s.a.width, width, room + i * step);
+    load_units(walk[first + i], s.a.width, width, room + i * step);
   }
   return {room, step};
 }
@@ -240,10 +274,9 @@ template <typename T>
 struct Room {
   int64_t width, keys, block;  // elements of a row, most keys (whole vectors), queries at a time
   int64_t units;               // of a row
-  int64_t heads, step;         // whose rows are gathered at once, and their units
   Carver carve;
-  float *key, *value;  // [keys, heads, units]
-  float* query;        // [L, heads, units], or [block, units] where heads is 1
+  float *key, *value;  // [keys, units]
+  float* query;        // [block, units]
   float *key_columns, *value_stack, *scores, *weights, *left, *result, *gate, *shares, *prefix;
   int32_t* before;
 
@@ -252,12 +285,10 @@ struct Room {
         keys(round_up(a.prefixes + a.length, kLanes)),
         block(block_of(keys)),
         units(units_of<T>(width)),
-        heads(heads_at_once(a)),
-        step(heads * units),
         carve(scratch),
-        key(carve.take(keys * step)),
-        value(carve.take(keys * step)),
-        query(carve.take(queries(a) * step)),
+        key(carve.take(keys * units)),
+        value(carve.take(keys * units)),
+        query(carve.take(block * units)),
         key_columns(carve.take(keys * units)),
         value_stack(carve.take(paired(units_of<T>(keys) * width))),
         scores(carve.take(block * keys)),
@@ -269,7 +300,6 @@ struct Room {
         prefix(carve.take(units)),
         before(reinterpret_cast<int32_t*>(carve.take(a.length + 1))) {}
 
-  int64_t queries(const Arguments& a) const { return heads > 1 ? larger(a.length, block) : block; }
   static int64_t paired(int64_t floats) { return kPaired<T> ? floats : 0; }
 };
 
@@ -310,28 +340,6 @@ VD_INLINE void sum_values(const Arguments& a, const Room<T>& room, const Stack& 
                    room.result, room.width, false);
 }
 
-// What a task has gathered of its head number `head`.
-template <typename T>
-struct Head {
-  const float *key, *value;
-  float* query;
-  int64_t step;  // between rows
-
-  Head(const Room<T>& room, int64_t head, int64_t heads)
-      : key(room.key + head * room.units),
-        value(room.value + head * room.units),
-        query(room.query + head * room.units),
-        step(heads * room.units) {}
-};
-
-// Queries first .. first + rows.
-template <typename T>
-VD_INLINE Rows queries_of(const Sequence& s, const Room<T>& room, const Head<T>& own, int64_t first,
-                          int64_t rows) {
-  if (room.heads > 1) return {own.query + first * own.step, own.step};
-  return rows_of<T>(s, s.a.query, first, rows, room.width, room.query);
-}
-
 template <typename T>
 void prefix_forward(const Sequence& s, const Room<T>& room, const Stack& value, int64_t keys) {
   const Arguments& a = s.a;
@@ -347,24 +355,28 @@ void prefix_forward(const Sequence& s, const Room<T>& room, const Stack& value, 
 template <typename T>
 void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
   const Room<T> room(a, scratch);
-  const int64_t width = room.width;
+  const int64_t width = room.width, heads = heads_at_once(a);
+  const int64_t blocks = (a.length + room.block - 1) / room.block;
   T* const out = static_cast<T*>(a.out);
   const bool around = a.stream && can_stream(out, a.width);
   for (int64_t task = begin; task < end; ++task) {
-    Sequence s(a, task, room.heads);
+    Sequence s(a, task, heads);
+    const int64_t end_head = smaller(s.h + heads, a.heads);
+    const Ahead<T> ahead(a, task, end, heads, (end_head - s.h) * blocks);
     const int64_t keys = a.prefixes + count_real(s, room.before), padded = round_up(keys, kLanes);
-    const int64_t heads = smaller(room.heads, a.heads - s.h);
-    gather<T>(s, a.prefix_key, a.key, room.before, heads, width, a.scale, room.key);
-    gather<T>(s, a.prefix_value, a.value, room.before, heads, width, 1.0f, room.value);
-    if (room.heads > 1) gather<T>(s, a.query, heads, width, room.query);
-    for (int64_t head = 0; head < heads; ++head, ++s.h) {
-      const Head<T> own(room, head, heads);
-      transpose(keys, units_of<T>(a.width), own.key, own.step, room.key_columns, padded);
-      const Stack value = stack_of<T>(own.value, own.step, keys, width, room.value_stack);
-      for (int64_t first = 0; first < a.length; first += room.block) {
+    for (int64_t part = 0; s.h < end_head; ++s.h) {
+      gather<T>(s, a.prefix_key, a.key, room.before, width, a.scale, room.key);
+      transpose(keys, units_of<T>(a.width), room.key, room.units, room.key_columns, padded);
+      gather<T>(s, a.prefix_value, a.value, room.before, width, 1.0f, room.value);
+      const Stack value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
+      for (int64_t first = 0; first < a.length; first += room.block, ++part) {
         const int64_t rows = smaller(room.block, a.length - first);
-        attend(s, room, queries_of(s, room, own, first, rows), first, rows, keys);
+        ahead.fetch_part(a.query, part);
+        const Rows query = rows_of<T>(s, a.query, first, rows, width, room.query);
+        attend(s, room, query, first, rows, keys);
+        ahead.fetch_part(a.key, part);
         sum_values(a, room, value, rows, keys);
+        ahead.fetch_part(a.value, part);
         for (int64_t i = 0; i < rows; ++i) {
           float* result = room.result + i * width;
           const GateRow gate = gate_of(s, first + i, room.gate);
@@ -384,7 +396,6 @@ template <typename T>
 struct GradientRoom : Room<T> {
   float *value_columns, *key_stack, *query_stack, *grad_stack;
   float *grad_key, *grad_value, *grad_weights, *columns, *grad_out, *grad_units, *zeros;
-  float* grads;  // [L, heads, units] of the output, unless heads is 1
 
   GradientRoom(const Arguments& a, float* scratch)
       : Room<T>(a, scratch),
@@ -398,8 +409,7 @@ struct GradientRoom : Room<T> {
         columns(take(this->paired(this->keys * units_of<T>(this->block)))),
         grad_out(take(this->block * this->width)),
         grad_units(take(this->paired(this->block * this->units))),
-        zeros(take(this->width)),
-        grads(take(this->heads > 1 ? a.length * this->step : 0)) {}
+        zeros(take(this->width)) {}
 
   float* take(int64_t floats) { return this->carve.take(floats); }
 };
@@ -468,28 +478,21 @@ float key_factor(const Arguments& a) {
 }
 
 template <typename T>
-void backward_block(const Sequence& s, const GradientRoom<T>& room, const Head<T>& own,
-                    const Stack& key, const Stack& value, int64_t head, int64_t first, int64_t rows,
+void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<T>& ahead,
+                    int64_t part, const Stack& key, const Stack& value, int64_t first, int64_t rows,
                     int64_t keys, bool around) {
   const Arguments& a = s.a;
   const int64_t width = room.width;
-  const Rows query = queries_of(s, room, own, first, rows);
+  ahead.fetch_part(a.query, part);
+  const Rows query = rows_of<T>(s, a.query, first, rows, width, room.query);
   attend(s, room, query, first, rows, keys);
+  ahead.fetch_part(a.key, part);
   if (a.grad_gate) {  // dL/d gate = dL/d out * (p v)
     sum_values(a, room, value, rows, keys);
   }
   for (int64_t i = 0; i < rows; ++i) {
     float* grad = room.grad_out + i * width;
-    if (room.heads > 1) {
-      const float* units = room.grads + (first + i) * own.step + head * room.units;
-      if constexpr (kPaired<T>) {
-        load_row(reinterpret_cast<const T*>(units), width, grad);
-      } else {
-        load_row(units, width, grad);
-      }
-    } else {
-      load_row(s.at<T>(a.grad_out, first + i), a.width, grad);
-    }
+    load_row(s.at<T>(a.grad_out, first + i), a.width, grad);
     if (a.grad_gate) {
       const float* out = room.result + i * width;
       if (a.gate.width == 0) {
@@ -504,7 +507,9 @@ void backward_block(const Sequence& s, const GradientRoom<T>& room, const Head<T
     const GateRow gate = gate_of(s, first + i, room.gate);
     if (a.gate.data) multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
   }
+  ahead.fetch_part(a.value, part);
   differentiate(a, room, key, query, rows, keys);
+  ahead.fetch_part(a.grad_out, part);
   if (!a.grad_query) return;
   for (int64_t i = 0; i < rows; ++i) {
     write_row(room.result + i * width, a.width, key_factor<T>(a),
@@ -531,28 +536,25 @@ void prefix_backward(const Sequence& s, const GradientRoom<T>& room, const Stack
 template <typename T>
 void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
   const GradientRoom<T> room(a, scratch);
-  const int64_t width = room.width;
+  const int64_t width = room.width, heads = heads_at_once(a);
+  const int64_t blocks = (a.length + room.block - 1) / room.block;
   for (int64_t d = 0; d < width; ++d) room.zeros[d] = 0.0f;
   const auto fits = [&](void* to) { return a.stream && can_stream(static_cast<T*>(to), a.width); };
   for (int64_t task = begin; task < end; ++task) {
-    Sequence s(a, task, room.heads);
+    Sequence s(a, task, heads);
+    const int64_t end_head = smaller(s.h + heads, a.heads);
+    const Ahead<T> ahead(a, task, end, heads, (end_head - s.h) * blocks);
     const int64_t keys = a.prefixes + count_real(s, room.before), padded = round_up(keys, kLanes);
-    const int64_t heads = smaller(room.heads, a.heads - s.h);
-    gather<T>(s, a.prefix_key, a.key, room.before, heads, width, a.scale, room.key);
-    gather<T>(s, a.prefix_value, a.value, room.before, heads, width, 1.0f, room.value);
-    if (room.heads > 1) {
-      gather<T>(s, a.query, heads, width, room.query);
-      if (a.grad_out.data) gather<T>(s, a.grad_out, heads, width, room.grads);
-    }
-    for (int64_t head = 0; head < heads; ++head, ++s.h) {
-      const Head<T> own(room, head, heads);
-      transpose(keys, units_of<T>(a.width), own.key, own.step, room.key_columns, padded);
-      transpose(keys, units_of<T>(a.width), own.value, own.step, room.value_columns, padded);
-      const Stack key = stack_of<T>(own.key, own.step, keys, width, room.key_stack);
-      const Stack value = stack_of<T>(own.value, own.step, keys, width, room.value_stack);
+    for (int64_t part = 0; s.h < end_head; ++s.h) {
+      gather<T>(s, a.prefix_key, a.key, room.before, width, a.scale, room.key);
+      gather<T>(s, a.prefix_value, a.value, room.before, width, 1.0f, room.value);
+      transpose(keys, units_of<T>(a.width), room.key, room.units, room.key_columns, padded);
+      transpose(keys, units_of<T>(a.width), room.value, room.units, room.value_columns, padded);
+      const Stack key = stack_of<T>(room.key, room.units, keys, width, room.key_stack);
+      const Stack value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
       for (int64_t i = 0; i < keys * width; ++i) room.grad_key[i] = room.grad_value[i] = 0.0f;
-      for (int64_t first = 0; a.grad_out.data && first < a.length; first += room.block) {
-        backward_block(s, room, own, key, value, head, first,
+      for (int64_t first = 0; a.grad_out.data && first < a.length; first += room.block, ++part) {
+        backward_block(s, room, ahead, part, key, value, first,
                        smaller(room.block, a.length - first), keys, fits(a.grad_query));
       }
       for (int64_t i = 0; !a.grad_out.data && a.grad_query && i < a.length; ++i) {
