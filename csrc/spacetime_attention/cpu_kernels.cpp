@@ -11,101 +11,16 @@
 #include "common/gemm.h"
 #include "common/pairs.h"
 #include "common/softmax.h"
+#include "spacetime_attention/few.h"
+#include "spacetime_attention/sequence.h"
 
 namespace vd {
 namespace VD_ISA {
+namespace spacetime_attention {
 namespace {
-
-using spacetime_attention::Arguments;
-using spacetime_attention::Axis;
-using spacetime_attention::Gate;
-using spacetime_attention::Prefix;
-using spacetime_attention::Video;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Queries that are computed together, whole vectors of them: their scores stay in the nearest caches.
 int64_t block_of(int64_t keys) { return keys <= 512 ? 48 : 16; }
-
-// Heads of one task, one after the other. In time order a token's heads lie side by side while the next
-// frame is far away: so memory is asked for all heads of a token at once, as long as they fit.
-int64_t heads_at_once(const Arguments& a) {
-  if (a.axis != Axis::kTime) return 1;
-  constexpr int64_t kFitting = 65536;  // elements in a second-level cache, with room for others
-  return larger(1, smaller(a.heads, kFitting / larger(3 * a.length * a.width, 1)));
-}
-
-int64_t tasks(const Arguments& a) {
-  const int64_t heads = heads_at_once(a);
-  return a.batch * a.groups * ((a.heads + heads - 1) / heads);
-}
-
-// One sequence: a group's tokens of head h. Token i is patch s of frame t.
-struct Sequence {
-  const Arguments& a;
-  int64_t b, g, h;
-
-  // The first of a task, of as many as there are `heads` at once.
-  Sequence(const Arguments& arguments, int64_t task, int64_t heads) : a(arguments) {
-    const int64_t parts = (a.heads + heads - 1) / heads;
-    b = task / parts / a.groups;
-    g = task / parts % a.groups;
-    h = task % parts * heads;
-  }
-
-  int64_t frame(int64_t i) const {
-    return a.axis == Axis::kTime ? i : a.axis == Axis::kSpace ? g : i / a.patches;
-  }
-  int64_t patch(int64_t i) const {
-    return a.axis == Axis::kTime ? g : a.axis == Axis::kSpace ? i : i % a.patches;
-  }
-  // Number of token i's row in a contiguous [B,T,S,H].
-  int64_t row(int64_t i) const {
-    return ((b * a.frames + frame(i)) * a.patches + patch(i)) * a.heads + h;
-  }
-  bool real(int64_t i) const {
-    if (!a.real) return true;
-    const int64_t t = b * a.frames + frame(i);
-    return a.real[a.real_patches ? t * a.patches + patch(i) : t];
-  }
-  template <typename T>
-  const T* at(const Video& x, int64_t i) const {
-    return static_cast<const T*>(x.data) + b * x.batch + frame(i) * x.frame + patch(i) * x.patch +
-           h * x.head;
-  }
-  template <typename T>
-  const T* at(const Prefix& x, int64_t i) const {
-    return static_cast<const T*>(x.data) + b * x.batch + g * x.group + i * x.token + h * x.head;
-  }
-  // Number of prefix i's row in a contiguous [B,G,P,H].
-  int64_t prefix_row(int64_t i) const {
-    return ((b * a.groups + g) * a.prefixes + i) * a.heads + h;
-  }
-};
-
-// Where the rows of a sequence's tokens lie.
-template <typename T>
-class Walk {
- public:
-  Walk(const Sequence& s, const Video& x)
-      : s_(s),
-        x_(x),
-        first_(s.at<T>(x, 0)),
-        step_(s.a.axis == Axis::kTime ? x.frame : x.patch),
-        even_(s.a.axis != Axis::kJoint || x.frame == s.a.patches * x.patch) {}
-
-  VD_INLINE const T* operator[](int64_t i) const {
-    return even_ ? first_ + i * step_ : s_.at<T>(x_, i);
-  }
-
- private:
-  const Sequence& s_;
-  const Video& x_;
-  const T* first_;
-  int64_t step_;
-  bool even_;
-};
 
 // Which of the keys that were gathered belong to a token: before[i] tokens were gathered before it.
 int64_t count_real(const Sequence& s, int32_t* before) {
@@ -135,36 +50,6 @@ VD_INLINE void gather(const Sequence& s, const Prefix& prefix, const Video& x,
   }
 }
 
-// Asks for the rows of the next task while this one is computed, a few whole tokens at a time, lest
-// requests queue up: frames lie too far apart for the processor to foresee.
-template <typename T>
-class Ahead {
- public:
-  // There will be `parts` requests for each tensor.
-  Ahead(const Arguments& a, int64_t task, int64_t end, int64_t heads, int64_t parts)
-      : next_(a, smaller(task + 1, end - 1), heads),
-        heads_(smaller(heads, a.heads - next_.h)),
-        parts_(task + 1 < end ? parts : 0) {}
-
-  // Inlined, as GCC takes a function that does nothing but this for one without effect.
-  VD_INLINE void fetch_part(const Video& x, int64_t part) const {
-    if (parts_ == 0 || !x.data) return;
-    const Arguments& a = next_.a;
-    for (int64_t i = part * a.length / parts_; i < (part + 1) * a.length / parts_; ++i) {
-      const T* const row = next_.template at<T>(x, i);
-      if (x.head == a.width) {
-        fetch<2>(row, heads_ * a.width);
-      } else {
-        for (int64_t h = 0; h < heads_; ++h) fetch<2>(row + h * x.head, a.width);
-      }
-    }
-  }
-
- private:
-  Sequence next_;
-  int64_t heads_, parts_;
-};
-
 // Some rows of units: where they lie if they can be read as they are, else a copy.
 struct Rows {
   const float* data;
@@ -189,84 +74,6 @@ VD_INLINE Rows rows_of(const Sequence& s, const Video& x, int64_t first, int64_t
     load_units(walk[first + i], s.a.width, width, room + i * step);
   }
   return {room, step};
-}
-
-// Calls visit(from, to) for each stretch of columns that token i may see, in order. Prefixes, which
-// all see, are not among them.
-template <typename Visit>
-VD_INLINE void for_each_span(const Sequence& s, const int32_t* before, int64_t i,
-                             const Visit& visit) {
-  const Arguments& a = s.a;
-  const auto tokens = [&](int64_t from, int64_t to) {
-    visit(a.prefixes + before[from], a.prefixes + before[to]);
-  };
-  if (a.axis == Axis::kTime) {
-    const int64_t w = a.window[0] < 0 ? a.length : a.window[0];
-    return tokens(larger(0, i - w), a.causal ? i + 1 : smaller(a.length, i + w + 1));
-  }
-  const int64_t grid_rows = a.patches / a.columns;
-  const int64_t t = i / a.patches, row = i % a.patches / a.columns, column = i % a.columns;
-  const int64_t frames = a.axis == Axis::kJoint ? a.frames : 1;
-  for (int64_t u = larger(0, t - a.window[0]); u <= smaller(frames - 1, t + a.window[0]); ++u) {
-    for (int64_t r = larger(0, row - a.window[1]); r <= smaller(grid_rows - 1, row + a.window[1]);
-         ++r) {
-      const int64_t start = u * a.patches + r * a.columns;
-      tokens(start + larger(0, column - a.window[2]),
-             start + smaller(a.columns, column + a.window[2] + 1));
-    }
-  }
-}
-
-bool limited(const Arguments& a) { return a.causal || a.window[0] >= 0; }
-
-// Hides from token i what it may not see.
-VD_INLINE void hide(const Sequence& s, const int32_t* before, int64_t i, int64_t keys, float* row) {
-  int64_t shown = s.a.prefixes;
-  for_each_span(s, before, i, [&](int64_t from, int64_t to) {
-    for (int64_t j = shown; j < from; ++j) row[j] = kHidden;
-    shown = to;
-  });
-  for (int64_t j = shown; j < keys; ++j) row[j] = kHidden;
-}
-
-// The gate of token i: `factor` takes it if it is one number, `row` [width] if not.
-struct GateRow {
-  float factor;
-  bool whole;
-};
-
-VD_INLINE GateRow gate_of(const Sequence& s, int64_t i, float* row) {
-  const Gate& gate = s.a.gate;
-  GateRow found{1.0f, false};
-  if (!gate.data) return found;
-  const int64_t at = s.b * gate.batch + s.frame(i) * gate.frame + s.patch(i) * gate.patch +
-                     s.h * gate.head;
-  by_dtype(gate.dtype, [&](auto t) {
-    const auto* from = static_cast<const decltype(t)*>(gate.data) + at;
-    found.whole = gate.width != 0;
-    if (found.whole) {
-      load_row(from, s.a.width, row);
-    } else {
-      found.factor = widen(*from);
-    }
-  });
-  return found;
-}
-
-// to [width] = from * factor * gate, where there is a row of it; both padded.
-VD_INLINE void multiply(const float* from, float factor, const float* gate, int64_t width,
-                        float* to) {
-  const F all = broadcast(factor);
-  for (int64_t d = 0; d < width; d += kLanes) {
-    const F x = load(from + d) * all;
-    store(to + d, gate ? x * load(gate + d) : x);
-  }
-}
-
-template <typename T>
-VD_INLINE void write_row(const float* from, int64_t n, float factor, T* to, bool around_cache) {
-  if (!around_cache) return store_row(from, n, factor, to);
-  for (int64_t d = 0; d < n; d += kLanes) stream(to + d, load(from + d) * factor);
 }
 
 // What every pass needs of the scratch memory.
@@ -304,6 +111,7 @@ struct Room {
 };
 
 int64_t forward_scratch(const Arguments& a) {
+  if (are_few(a)) return few_scratch(a);
   int64_t floats = 0;
   by_dtype(a.dtype, [&](auto t) { floats = Room<decltype(t)>(a, nullptr).carve.used(); });
   return floats;
@@ -415,6 +223,7 @@ struct GradientRoom : Room<T> {
 };
 
 int64_t backward_scratch(const Arguments& a) {
+  if (are_few(a)) return few_scratch(a);
   int64_t floats = 0;
   by_dtype(a.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(a, nullptr).carve.used(); });
   return floats;
@@ -581,17 +390,27 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  by_dtype(a.dtype, [&](auto t) { forward_tasks<decltype(t)>(a, begin, end, scratch); });
+  by_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (are_few(a)) return forward_few<T>(a, begin, end, scratch);
+    forward_tasks<T>(a, begin, end, scratch);
+  });
 }
 
 void backward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  by_dtype(a.dtype, [&](auto t) { backward_tasks<decltype(t)>(a, begin, end, scratch); });
+  by_dtype(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (are_few(a) && a.grad_out.data) return backward_few<T>(a, begin, end, scratch);
+    backward_tasks<T>(a, begin, end, scratch);
+  });
 }
 
 }  // namespace
+}  // namespace spacetime_attention
 
-const spacetime_attention::Kernels spacetime_attention_kernels = {
-    tasks, forward_scratch, forward, backward_scratch, backward};
+const vd::spacetime_attention::Kernels spacetime_attention_kernels = {
+    spacetime_attention::tasks, spacetime_attention::forward_scratch, spacetime_attention::forward,
+    spacetime_attention::backward_scratch, spacetime_attention::backward};
 
 }  // namespace VD_ISA
 }  // namespace vd

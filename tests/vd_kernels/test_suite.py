@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
 
 import pytest
 import torch
 
-from vd_kernels import language_gate, testing
+from vd_kernels import language_gate, spacetime_attention, testing, use_backend
 from vd_kernels.backends import explain, load_cpu_kernels
 from vd_kernels.testing import Check, suite
 
@@ -96,3 +98,46 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     check = next(c for c in suite("reference") if c.name.startswith("language_gate-softmax-2x13"))
     with pytest.raises(AssertionError, match="gradient of query"):
         check()
+
+
+@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("axis", ["time", "space"])
+def test_short_sequences(
+    axis: str, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have kernels of their own; the suite's lengths meet few of them."""
+    if reason := load_cpu_kernels():
+        pytest.skip(reason)
+    if level not in LEVELS:
+        pytest.skip(f"this machine has no {level}")
+    monkeypatch.setenv("VD_CPU_ISA", level)
+    generator = torch.Generator().manual_seed(0)
+    causal = (False, True) if axis == "time" else (False,)
+    # The gate's sizes: none, one number a head, one a channel of each token.
+    cases = itertools.product(range(1, 10), (16, 21, 64), (0, 2, 3), causal, (0, 1, 2))
+    for length, width, mask, ordered, gated in itertools.islice(cases, 0, None, 5):
+        shape = (2, length, 3, 2, width) if axis == "time" else (2, 3, length, 2, width)
+        query, key, value, grad = (
+            torch.randn(shape, generator=generator).to(dtype) for _ in range(4)
+        )
+        real = None
+        if mask:
+            real = torch.rand(shape[:mask], generator=generator) > 0.4
+            padding = ~(real if mask == 3 else real[..., None].expand(shape[:3]))
+            key[padding], value[padding] = math.nan, math.nan
+        inputs = {"query": query, "key": key, "value": value}
+        if gated:
+            sizes = (2, 1, 1, 2, 1) if gated == 1 else shape
+            inputs["gate"] = torch.rand(sizes, generator=generator)
+        found = []
+        for backend, kind in (("cpp", None), ("reference", torch.float64)):
+            given = {n: x.detach().to(kind or x.dtype).requires_grad_() for n, x in inputs.items()}
+            with use_backend(backend):
+                out = spacetime_attention(**given, axis=axis, key_mask=real, causal=ordered)
+                grads = torch.autograd.grad(out, list(given.values()), grad.to(out.dtype))
+            found.append([out, *grads])
+        bound = 1e-5 if dtype == torch.float32 else 3e-2
+        for ours, exact in zip(*found, strict=True):
+            error = (ours.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-3)
+            assert error <= bound, (length, width, mask, ordered, gated, error)
