@@ -185,6 +185,7 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
         ahead.fetch_part(a.key, part);
         sum_values(a, room, value, rows, keys);
         ahead.fetch_part(a.value, part);
+        ahead.fetch_part(a.gate, part);
         for (int64_t i = 0; i < rows; ++i) {
           float* result = room.result + i * width;
           const GateRow gate = gate_of(s, first + i, room.gate);
@@ -319,6 +320,7 @@ void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<
   ahead.fetch_part(a.value, part);
   differentiate(a, room, key, query, rows, keys);
   ahead.fetch_part(a.grad_out, part);
+  ahead.fetch_part(a.gate, part);
   if (!a.grad_query) return;
   for (int64_t i = 0; i < rows; ++i) {
     write_row(room.result + i * width, a.width, key_factor<T>(a),

@@ -219,6 +219,7 @@ VD_INLINE void for_each_few(const Arguments& a, int64_t begin, int64_t end, cons
       ahead.fetch_part(a.key, part);
       ahead.fetch_part(a.value, part);
       ahead.fetch_part(a.grad_out, part);
+      ahead.fetch_part(a.gate, part);
       visit(s, query, key, value, sight);
       query.advance(a.query, room.zeros);
       key.advance(a.key, room.zeros);

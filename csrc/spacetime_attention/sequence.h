@@ -109,10 +109,25 @@ class Ahead {
 
   // Inlined, as GCC takes a function that does nothing but this for one without effect.
   VD_INLINE void fetch_part(const Video& x, int64_t part) const {
-    if (parts_ == 0 || !x.data) return;
+    if (x.data) fetch_rows<T>(x, part);
+  }
+
+  // The gate has a dtype of its own. One number a token needs no asking for.
+  VD_INLINE void fetch_part(const Gate& gate, int64_t part) const {
+    if (!gate.data || gate.width == 0) return;
+    const Video rows{gate.data, gate.batch, gate.frame, gate.patch, gate.head};
+    by_dtype(gate.dtype, [&](auto t) __attribute__((always_inline)) {
+      fetch_rows<decltype(t)>(rows, part);
+    });
+  }
+
+ private:
+  template <typename E>
+  VD_INLINE void fetch_rows(const Video& x, int64_t part) const {
+    if (parts_ == 0) return;
     const Arguments& a = next_.a;
     for (int64_t i = part * a.length / parts_; i < (part + 1) * a.length / parts_; ++i) {
-      const T* const row = next_.template at<T>(x, i);
+      const E* const row = next_.template at<E>(x, i);
       if (x.head == a.width) {
         fetch<2>(row, heads_ * a.width);
       } else {
@@ -121,7 +136,6 @@ class Ahead {
     }
   }
 
- private:
   Sequence next_;
   int64_t heads_, parts_;
 };
