@@ -21,7 +21,7 @@ BUILD_INPUTS = pyproject.toml setup.py constraints.txt vd_kernels/_version.py $(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help answer test lint bench default-model clean
+.PHONY: help answer test lint sanitize cross bench default-model clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,13 @@ test: $(INSTALLED) ## run the tests; PYTEST_FLAGS="-x -k gate" to choose
 lint: $(INSTALLED) ## check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+sanitize: $(INSTALLED) ## run the C++ kernels' tests under sanitizers: address, undefined, thread
+	.ci/sanitize address $(PYTEST_FLAGS)
+	.ci/sanitize thread $(PYTEST_FLAGS)
+
+cross: $(VENV)/.torch ## compile the C++ for aarch64 and with Clang; CROSS=, CLANG= name the compilers
+	.ci/cross
 
 bench: $(VENV)/.bench ## measure and write the tables; BENCH_FLAGS="-q -k gate" to choose
 	$(VENV)/bin/python -m benchmarks run $(BENCH_FLAGS)

@@ -5,8 +5,9 @@ operators' C++ kernels, for LibTorch's stable ABI.
 
 VD_BUILD_CPP    unset: build them, and when that fails install without them and record why
                 1: build them or fail          0: do not build them
-CXX, CXXFLAGS, LDFLAGS are honoured. The outcome is recorded beside the libraries in
-`_build_info.json`, and `python -m vd_kernels` prints it.
+VD_SANITIZE     address, thread: let sanitizers watch what they do (`make sanitize`)
+CXX, CXXFLAGS, LDFLAGS are honoured; kernels are compiled for what CXX compiles for. The outcome is
+recorded beside the libraries in `_build_info.json`, and `python -m vd_kernels` prints it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,10 +44,15 @@ KERNEL_FLAGS = (
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-Wno-unknown-warning-option",  # Clang lacks some of those that follow
     "-Wno-psabi",
     "-Wno-uninitialized",  # GCC 12 finds it in its own AVX-512 header
     "-Wno-maybe-uninitialized",
 )
+SANITIZERS = {
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": ("-fsanitize=thread",),
+}
 TORCH_ABI = "0x020b000000000000"  # 2.11, the oldest torch that the library loads into
 
 
@@ -54,17 +60,33 @@ class BuildError(Exception):
     """A build that could not be done; its text is what the user is told."""
 
 
-def build_setting(name: str) -> str:
+def build_setting(name: str, allowed: Collection[str]) -> str:
     value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise SystemExit(f"{name}={value!r}: allowed are 0, 1, or unset")
+    if value and value not in allowed:
+        raise SystemExit(f"{name}={value!r}: allowed are {', '.join(allowed)}, or unset")
     return value
+
+
+def sanitizer_flags() -> tuple[str, ...]:
+    wanted = build_setting("VD_SANITIZE", SANITIZERS)
+    return ("-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS[wanted]) if wanted else ()
 
 
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or [
         "clang++" if sys.platform == "darwin" else "g++"
     ]
+
+
+def compiles_for_x86() -> bool:
+    """Whether the compiler makes code for x86-64; it need not be what it runs on."""
+    try:
+        told = subprocess.run(
+            [*compiler(), "-dumpmachine"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"the compiler cannot be run: {error}") from error
+    return told.stdout.startswith(("x86_64", "amd64"))
 
 
 def torch_folder() -> Path:
@@ -95,7 +117,7 @@ def units_of(ext: Extension) -> list[Unit]:
         flags = [f"-isystem{path}" for path in includes]
     else:
         flags = [f"-isystem{torch_folder() / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"]
-    levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"scalar": ()}
+    levels = LEVELS if compiles_for_x86() else {"scalar": ()}
     units = []
     for source in ext.sources:
         name = source.replace("/", "_")
@@ -117,15 +139,19 @@ def compile_flags() -> list[str]:
         "-Wall",
         "-Wextra",
         f"-I{ROOT / 'csrc'}",
+        *sanitizer_flags(),
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
 
 
 def link_flags(ext: Extension) -> list[str]:
     # On macOS the interpreter brings Python's symbols when the module is loaded; -s drops the
-    # symbol table, which nothing reads. torch's own library is loaded when ours is.
-    darwin = ["-bundle", "-undefined", "dynamic_lookup"]
-    flags = darwin if sys.platform == "darwin" else ["-shared", "-s"]
+    # symbol table, which only sanitizers read. torch's own library is loaded when ours is.
+    if sys.platform == "darwin":
+        flags = ["-bundle", "-undefined", "dynamic_lookup"]
+    else:
+        flags = ["-shared"] if sanitizer_flags() else ["-shared", "-s"]
+    flags += sanitizer_flags()
     if not ext.name.endswith("._C"):
         flags += [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]
     return [*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
@@ -200,7 +226,7 @@ class BuildCompiled(build_ext):
 
     def try_build(self, ext: Extension, target: Path) -> str:
         """Empty when built, else why not."""
-        wanted = build_setting("VD_BUILD_CPP")
+        wanted = build_setting("VD_BUILD_CPP", ("0", "1"))
         if wanted == "0":
             return "VD_BUILD_CPP=0 when it was installed"
         try:
@@ -216,6 +242,7 @@ class BuildCompiled(build_ext):
 
 
 COMMON = ["csrc/common/cpu_isa.cpp"]
+THREADS = ["csrc/common/tsan_threads.cpp"] if os.environ.get("VD_SANITIZE") == "thread" else []
 KERNELS = [
     f"csrc/{operator}/{file}"
     for operator in OPERATORS
@@ -227,7 +254,9 @@ setup(
     ext_modules=[
         Extension("vd_kernels._C", sources=["csrc/common/bindings.cpp", *COMMON], optional=True),
         Extension(
-            "vd_kernels._cpu", sources=["csrc/common/levels.cpp", *COMMON, *KERNELS], optional=True
+            "vd_kernels._cpu",
+            sources=["csrc/common/levels.cpp", *COMMON, *THREADS, *KERNELS],
+            optional=True,
         ),
     ],
 )

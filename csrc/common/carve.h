@@ -1,5 +1,6 @@
 #pragma once
 
+#include "common/guard.h"
 #include "common/simd.h"
 
 namespace vd {
@@ -12,13 +13,20 @@ class Carver {
   explicit Carver(float* memory) : memory_(memory) {}
 
   float* take(int64_t floats) {
+    const int64_t size = round_up(floats, kLanes);
     float* piece = memory_ ? memory_ + used_ : nullptr;
-    used_ += round_up(floats, kLanes);
+    used_ += size + kGap;
+    if (piece) {
+      VD_ALLOW(piece, size);
+      VD_FORBID(piece + size, kGap);
+    }
     return piece;
   }
   int64_t used() const { return used_; }
 
  private:
+  static constexpr int64_t kGap = VD_GUARDED ? kLanes : 0;  // behind each piece
+
   float* memory_;
   int64_t used_ = 0;
 };

@@ -12,7 +12,7 @@ template <typename T>
 constexpr bool kPaired = false;
 #if VD_PAIRS
 template <>
-constexpr bool kPaired<BFloat16> = true;
+inline constexpr bool kPaired<BFloat16> = true;
 #endif
 
 // Units of n elements.

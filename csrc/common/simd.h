@@ -323,11 +323,18 @@ VD_INLINE bool can_stream(const T* to, int64_t n) {
   return n * sizeof(T) % bytes == 0 && reinterpret_cast<uintptr_t>(to) % bytes == 0;
 }
 
+// Sanitizers do not see what goes around the cache.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define VD_STREAMS 0
+#else
+#define VD_STREAMS VD_INTRINSICS
+#endif
+
 // Like `store`, around the cache: for results that nobody reads soon. Needs `can_stream`.
 VD_INLINE void stream(float* to, F x) {
-#if VD_INTRINSICS == 512
+#if VD_STREAMS == 512
   _mm512_stream_ps(to, (__m512)x);
-#elif VD_INTRINSICS == 256
+#elif VD_STREAMS == 256
   _mm256_stream_ps(to, (__m256)x);
 #else
   store(to, x);
@@ -337,10 +344,10 @@ template <typename T>
 VD_INLINE void stream(T* to, F x) {
   alignas(2 * kLanes) T narrow[kLanes];
   store(narrow, x);
-#if VD_INTRINSICS == 512
+#if VD_STREAMS == 512
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
                       _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow)));
-#elif VD_INTRINSICS == 256
+#elif VD_STREAMS == 256
   _mm_stream_si128(reinterpret_cast<__m128i*>(to),
                    _mm_load_si128(reinterpret_cast<const __m128i*>(narrow)));
 #else

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "common/dtype.h"
+#include "common/guard.h"
 
 namespace vd {
 
@@ -51,8 +52,11 @@ inline float* scratch(int64_t floats) {
     const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
     memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
     if (!memory) throw std::bad_alloc();
-    size = floats;
+    size = static_cast<int64_t>(bytes / sizeof(float));
   }
+  // Pieces of earlier calls are forgotten; what this one did not ask for is forbidden.
+  VD_ALLOW(memory.get(), floats);
+  VD_FORBID(memory.get() + floats, size - floats);
   return memory.get();
 }
 

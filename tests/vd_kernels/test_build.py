@@ -139,7 +139,26 @@ def test_build_can_be_left_out(tmp_path: Path) -> None:
     assert "VD_BUILD_CPP=0" in result.record["_C"]
 
 
-def test_unknown_setting_names_the_allowed_ones(tmp_path: Path) -> None:
-    result = build(tmp_path, VD_BUILD_CPP="yes")
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [("VD_BUILD_CPP", "yes", "0, 1"), ("VD_SANITIZE", "memory", "address, thread")],
+)
+def test_unknown_setting_names_the_allowed_ones(
+    name: str, value: str, allowed: str, tmp_path: Path
+) -> None:
+    result = build(tmp_path, **{name: value})
     assert result.returncode != 0
-    assert "VD_BUILD_CPP='yes': allowed are 0, 1, or unset" in result.output
+    assert f"{name}='{value}': allowed are {allowed}, or unset" in result.output
+
+
+@pytest.mark.parametrize("compiler", ["aarch64-linux-gnu-g++", "clang++"])
+def test_other_compilers_find_nothing_to_warn_of(compiler: str, tmp_path: Path) -> None:
+    """As `make cross` does, but without optimisation, which takes most of its time."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}; `make cross` needs it")
+    # To link with where torch's own is for another architecture.
+    torch = tmp_path / "libtorch_cpu.so"
+    subprocess.run([compiler, "-shared", "-x", "c++", "/dev/null", "-o", torch], check=True)
+    flags = {"CXXFLAGS": "-Werror -O0", "LDFLAGS": f"-L{tmp_path}"}
+    result = build(tmp_path, VD_BUILD_CPP="1", CXX=compiler, **flags)
+    assert result.returncode == 0, result.output
