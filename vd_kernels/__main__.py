@@ -20,12 +20,14 @@ def render(found: Explanation) -> str:
     }
     if not found.cpu_isa:
         del machine["CPU features"]
-    backends = [("backend", "here", "runs on", "lacks")]
+    backends = [("backend", "here", "runs on", "operators", "lacks")]
+    every = max(len(backend.operators) for backend in found.backends)
     for backend in found.backends:
         here = "yes" if backend.available else "no"
         first, *more = backend.lacks or ("",)
-        backends.append((backend.name, here, backend.runs_on, first))
-        backends.extend(("", "", "", lack) for lack in more)
+        operators = "all" if len(backend.operators) == every else ", ".join(backend.operators)
+        backends.append((backend.name, here, backend.runs_on, operators or "none", first))
+        backends.extend(("", "", "", "", lack) for lack in more)
     parts = {
         "Versions": found.versions.items(),
         "Compiled module": compiled.items(),

@@ -16,7 +16,7 @@ import os
 import platform
 import sysconfig
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from torch import Tensor
 from vd_kernels._version import __version__
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
+LARGEST_HEAD = 256
+"""Elements of one head that Triton kernels take at most: a head lies on chip as a whole."""
 _BUILD_RECORD = Path(__file__).with_name("_build_info.json")
 _CPU_KERNELS = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
@@ -36,10 +38,15 @@ class BackendError(ValueError, RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend. `lacks` holds, in words, all that keeps it from running; empty when it runs."""
+    """One backend.
+
+    operators: those that it implements, on machines where it runs.
+    lacks: in words, all that keeps it from running here; empty when it runs.
+    """
 
     name: str
     runs_on: str
+    operators: tuple[str, ...]
     lacks: tuple[str, ...]
 
     @property
@@ -105,13 +112,19 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.pop()
 
 
-def choose(operation: str, implementations: Mapping[str, Callable], tensor: Tensor) -> Callable:
+def choose(
+    operation: str,
+    implementations: Mapping[str, Callable],
+    tensor: Tensor,
+    heads: Sequence[Tensor | None] = (),
+) -> Callable:
     """The implementation of an operation that is to run now.
 
     Args:
         operation: For the message.
         implementations: By backend, the fastest first; the last one takes everything.
         tensor: Its device and dtype decide which can run.
+        heads: Tensors whose last dimension is one head's; its size decides, too.
 
     Raises:
         BackendError: The user chose a backend that the operation does not have here, or VD_BACKEND
@@ -120,29 +133,62 @@ def choose(operation: str, implementations: Mapping[str, Callable], tensor: Tens
     name = _chosen[-1] if _chosen else _environment
     if not name:
         for name, found in implementations.items():
-            if not _refuses(name, tensor):
+            if not _refuses(name, tensor, heads):
                 return found
     _check_name("VD_BACKEND", name)
     found = implementations.get(name)
-    if found and not (lacks := _refuses(name, tensor)):
-        return found
-    if not found:
-        lacks = "; ".join(_INSPECT[name]()[1]) or "it has no implementation of it"
+    if found:
+        lacks = _refuses(name, tensor, heads, forced=True)
+        if not lacks:
+            return found
+    else:
+        absent = f"it has no {_LANGUAGES[name]} implementation in this version"
+        lacks = "; ".join([absent, *_INSPECT[name]()[1]])
     raise BackendError(
         f"{operation} cannot run on backend {name!r}: {lacks}. Choose another with VD_BACKEND or "
         "vd_kernels.use_backend, or leave the choice to each operator"
     )
 
 
-def _refuses(name: str, tensor: Tensor) -> str:
+def _refuses(
+    name: str, tensor: Tensor, heads: Sequence[Tensor | None], *, forced: bool = False
+) -> str:
     """Why a backend cannot take a tensor; empty when it can."""
     if name == "reference":
         return ""
+    if name == "triton":
+        return _triton_refuses(tensor, heads, forced)
     if not tensor.is_cpu:
         return f"it takes tensors on the CPU, got one on {tensor.device}"
+    return _refuses_double(tensor) or load_cpu_kernels()
+
+
+def _triton_refuses(tensor: Tensor, heads: Sequence[Tensor | None], forced: bool) -> str:
+    # The interpreter is for tests: on the CPU it never runs unasked.
+    if not tensor.is_cuda and not (tensor.is_cpu and forced and triton_is_interpreted()):
+        lacks = f"it takes tensors on an NVIDIA or AMD GPU, got one on {tensor.device}"
+        return "; ".join([lacks, *_INSPECT["triton"]()[1]]) if forced else lacks
+    if reason := _refuses_double(tensor) or load_triton():
+        return reason
+    for x in heads:
+        if x is not None and x.shape[-1] > LARGEST_HEAD:
+            return f"it takes heads of up to {LARGEST_HEAD} elements, got {x.shape[-1]}"
+    return _too_old(tensor.device.index) if tensor.is_cuda else ""
+
+
+def _refuses_double(tensor: Tensor) -> str:
     if tensor.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16; float64 runs on the reference"
-    return load_cpu_kernels()
+    return ""
+
+
+@functools.lru_cache
+def _too_old(index: int) -> str:
+    """Why Triton's kernels do not run on a GPU; empty when they do."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if torch.version.hip is None and major < 8:
+        return f"it takes NVIDIA GPUs from compute capability 8.0 on, got {major}.{minor}"
+    return ""
 
 
 def _check_name(source: str, name: str) -> None:
@@ -161,7 +207,7 @@ def explain(*, name_devices: bool = False) -> Explanation:
     features = module.cpu_features() if module else {}
     return Explanation(
         versions=_versions(),
-        backends=tuple(Backend(name, *_INSPECT[name]()) for name in BACKENDS),
+        backends=tuple(_backend(name) for name in BACKENDS),
         compiled=_compiled_facts(module) if module else {},
         compiled_reason=reason,
         cpu_isa=module.cpu_isa_levels() if module else (),
@@ -199,6 +245,27 @@ def load_cpu_kernels() -> str:
             f"for another one ({error}): install again to build it anew"
         )
     return ""
+
+
+@functools.lru_cache(maxsize=1)
+def load_triton() -> str:
+    """Import Triton and what its kernels share. Why that fails, or "".
+
+    The first call decides: a failure is remembered with its cause.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    try:
+        importlib.import_module("vd_kernels._triton")
+    except (ImportError, AttributeError) as error:
+        version = _installed_version("triton")
+        return f"triton {version} cannot be used ({error}): install 3.6 or newer"
+    return ""
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter: TRITON_INTERPRET=1 before their import."""
+    return not load_triton() and importlib.import_module("vd_kernels._triton").INTERPRETED
 
 
 def _build_failure(library: str) -> str:
@@ -255,6 +322,35 @@ def _no_cuda() -> list[str]:
     return [] if torch.cuda.device_count() else ["torch sees no GPU"]
 
 
+def _backend(name: str) -> Backend:
+    runs_on, lacks = _INSPECT[name]()
+    operators = tuple(
+        operator
+        for operator, tables in _implementations().items()
+        if all(name in table for table in tables)
+    )
+    if not operators:
+        lacks = (f"no operator has a {_LANGUAGES[name]} implementation in this version", *lacks)
+    return Backend(name, runs_on, operators, lacks)
+
+
+def _implementations() -> dict[str, list[Mapping[str, Callable]]]:
+    """For each operator the implementations of its parts, by backend."""
+    from vd_kernels.language_gate import op as gate
+    from vd_kernels.spacetime_attention import op as attention
+    from vd_kernels.topk_sampling import op as topk
+
+    sampling, gathering = [], []
+    for part, table in topk.IMPLEMENTATIONS.items():
+        (gathering if part.startswith("gather") else sampling).append(table)
+    return {
+        "language_gate": [gate.FORWARD, gate.BACKWARD],
+        "topk_sample": sampling,
+        "topk_gather": gathering,
+        "spacetime_attention": [attention.FORWARD, attention.BACKWARD],
+    }
+
+
 def _reference() -> tuple[str, tuple[str, ...]]:
     return "every device of torch", ()
 
@@ -265,14 +361,13 @@ def _cpp() -> tuple[str, tuple[str, ...]]:
 
 
 def _cuda() -> tuple[str, tuple[str, ...]]:
-    lacks = ["no operator has a CUDA implementation in this version"]
-    return "NVIDIA GPUs", tuple(lacks + _no_cuda())
+    return "NVIDIA GPUs", tuple(_no_cuda())
 
 
 def _triton() -> tuple[str, tuple[str, ...]]:
-    lacks = ["no operator has a Triton implementation in this version"]
-    if importlib.util.find_spec("triton") is None:
-        lacks.append("triton is not installed (pip install triton)")
+    lacks = [reason] if (reason := load_triton()) else []
+    if triton_is_interpreted():
+        return "the CPU, interpreted, when asked for", tuple(lacks)
     return "NVIDIA and AMD GPUs", tuple(lacks + _no_cuda())
 
 
@@ -282,3 +377,6 @@ _INSPECT: dict[str, Callable[[], tuple[str, tuple[str, ...]]]] = {
     "cuda": _cuda,
     "triton": _triton,
 }
+"""Where a backend runs, and what this machine lacks for it."""
+
+_LANGUAGES = {"reference": "PyTorch", "cpp": "C++", "cuda": "CUDA", "triton": "Triton"}

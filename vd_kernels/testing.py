@@ -32,6 +32,7 @@ from vd_kernels.spacetime_attention.api import spacetime_attention
 from vd_kernels.topk_sampling.api import TopKSample, topk_gather, topk_sample
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = ("language_gate", "spacetime_attention", "topk_sample", "topk_gather")
 
 # ---------------------------------------------------------------------------------------------
 # Inputs
@@ -298,20 +299,27 @@ class Check:
         return self.name
 
 
-def suite(backend: str, device: str = "cpu", dtypes: Sequence[torch.dtype] = DTYPES) -> list[Check]:
+def suite(
+    backend: str,
+    device: str = "cpu",
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    operators: Sequence[str] = OPERATORS,
+) -> list[Check]:
     """All checks of a backend on a device.
 
     Args:
         backend: As `use_backend` takes it.
         device: Where inputs lie.
         dtypes: Of query, key, value and the like, and of gathered values.
+        operators: That the backend has; a check's name begins with its operator's.
     """
-    return [
-        *_gate_checks(backend, device, dtypes),
-        *_attention_checks(backend, device, dtypes),
-        *_choice_checks(backend, device),
-        *_gather_checks(backend, device, dtypes),
-    ]
+    makers = {
+        "language_gate": lambda: _gate_checks(backend, device, dtypes),
+        "spacetime_attention": lambda: _attention_checks(backend, device, dtypes),
+        "topk_sample": lambda: _choice_checks(backend, device),
+        "topk_gather": lambda: _gather_checks(backend, device, dtypes),
+    }
+    return [check for operator in operators for check in makers[operator]()]
 
 
 def _compare(
@@ -401,6 +409,7 @@ def _gate_checks(backend: str, device: str, dtypes: Sequence[torch.dtype]) -> It
         (2, 13, 3, 3, 8, 13),
         (3, 197, 13, 2, 64, 64),
         (1, 257, 33, 1, 40, 3),
+        (2, 21, 150, 3, 20, 17),
     ]
     for dtype in dtypes:
         for sizes in odd:

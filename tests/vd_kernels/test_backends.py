@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,32 @@ def test_every_backend_runs_or_says_why_not() -> None:
     for backend in found.backends:
         assert backend.available == (backend.lacks == ())
         assert all(lack.strip() for lack in backend.lacks)
+
+
+def test_a_backend_tells_which_operators_it_has() -> None:
+    every = ("language_gate", "topk_sample", "topk_gather", "spacetime_attention")
+    found = by_name(backends.explain())
+    assert found["reference"].operators == found["cpp"].operators == every
+    assert found["triton"].operators == ("language_gate",)
+    assert found["cuda"].operators == () and "no operator" in found["cuda"].lacks[0]
+
+
+def test_a_missing_or_broken_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vd_kernels._triton", raising=False)
+    backends.load_triton.cache_clear()
+    try:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        assert "triton is not installed" in by_name(backends.explain())["triton"].lacks[0]
+        backends.load_triton.cache_clear()
+        old = types.ModuleType("triton")
+        old.__spec__ = importlib.util.spec_from_loader("triton", loader=None)
+        monkeypatch.setitem(sys.modules, "triton", old)  # has nothing of what is needed
+        assert "cannot be used" in by_name(backends.explain())["triton"].lacks[0]
+        x = torch.randn(1, 2, 1, 4)
+        with use_backend("triton"), pytest.raises(RuntimeError, match="cannot be used"):
+            language_gate(x, x)
+    finally:
+        backends.load_triton.cache_clear()
 
 
 def test_gpu_backends_name_the_missing_gpu() -> None:
@@ -117,7 +145,7 @@ def test_command_prints_an_aligned_table() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     heading = lines[lines.index("Backends") + 1]
-    assert heading.split() == ["backend", "here", "runs", "on", "lacks"]
+    assert heading.split() == ["backend", "here", "runs", "on", "operators", "lacks"]
     column = heading.index("lacks")
     told = [line for line in lines if "implementation in this version" in line]
     assert [line.index("no operator has") for line in told] == [column] * len(told)

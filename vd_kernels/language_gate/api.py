@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vd_kernels import _library, backends
+from vd_kernels import _library
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -90,7 +90,7 @@ def language_gate(
         run = torch.ops.vd.language_gate.default
     else:
         check_once(_check, query, key, value, gate_value, key_mask, bias, scale, reduction)
-        run = backends.choose("language_gate", op.FORWARD, query)
+        run = op.choose(op.FORWARD, query, value, gate_value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     need_gate = return_gate or value is None
     gated, gate = run(query, key, value, gate_value, key_mask, bias, scale, reduction, need_gate)

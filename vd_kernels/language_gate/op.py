@@ -90,14 +90,45 @@ def _forward_reference(query: Tensor, *arguments: Any) -> tuple[Tensor | None, T
     return out if out is None else out.contiguous(), gate if gate is None else gate.contiguous()
 
 
-FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": _forward_reference}
-BACKWARD: dict[str, Callable] = {"cpp": _backward_cpp, "reference": reference.backward}
+# Triton is imported when it is first used.
+def _forward_triton(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    from vd_kernels.language_gate import triton_kernels
+
+    return triton_kernels.forward(*arguments)
+
+
+def _backward_triton(*arguments: Any) -> tuple[Tensor | None, ...]:
+    from vd_kernels.language_gate import triton_kernels
+
+    return triton_kernels.backward(*arguments)
+
+
+FORWARD: dict[str, Callable] = {
+    "cpp": _forward_cpp,
+    "triton": _forward_triton,
+    "reference": _forward_reference,
+}
+BACKWARD: dict[str, Callable] = {
+    "cpp": _backward_cpp,
+    "triton": _backward_triton,
+    "reference": reference.backward,
+}
 """By backend, the fastest first."""
 
 
-def _forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    run = backends.choose("language_gate", FORWARD, query)
-    return tuple(query.new_empty(0) if x is None else x for x in run(query, *arguments))
+def choose(
+    table: dict[str, Callable], query: Tensor, value: Tensor | None, gate_value: Tensor | None
+) -> Callable:
+    """The function of FORWARD or BACKWARD that is to run now."""
+    return backends.choose("language_gate", table, query, (query, value, gate_value))
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor | None, gate_value: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    run = choose(FORWARD, query, value, gate_value)
+    found = run(query, key, value, gate_value, *arguments)
+    return tuple(query.new_empty(0) if x is None else x for x in found)
 
 
 def _fake(
@@ -131,7 +162,7 @@ def _backward(
     reduction: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    run = backends.choose("language_gate", BACKWARD, query)
+    run = choose(BACKWARD, query, value, gate_value)
     grads = run(
         grad_out, grad_gate, query, key, value, gate_value, key_mask, bias, scale, reduction, needs
     )

@@ -1,0 +1,254 @@
+"""What each Triton kernel takes of a GPU: compiles them for GPUs that need not be here.
+
+    python -m vd_kernels.compile_kernels                  a table of variants that cover all
+    python -m vd_kernels.compile_kernels docs/kernels.md  the same, written into that document
+    python -m vd_kernels.compile_kernels all              every variant
+
+The operators' own code decides what is compiled: it is called with tensors that have no data, and
+what it would launch is noted. A kernel for NVIDIA that spills registers or takes more shared
+memory than every GPU from compute capability 8.0 on has is an error. Triton caches what it
+compiled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from vd_kernels import _triton
+from vd_kernels.language_gate import triton_kernels as language_gate
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 99 * 1024, "sm_90": 99 * 1024, "gfx942": 64 * 1024}
+"""Bytes of shared memory that a program may take."""
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.bool: "i1",
+}
+
+
+class Case(NamedTuple):
+    """One call of an operator, forward and backward, with tensors that have no data."""
+
+    operator: str
+    form: str
+    dtype: torch.dtype
+    sizes: str
+    run: Callable[[], object]
+
+
+class Usage(NamedTuple):
+    """What one kernel takes, in one variant, on one architecture."""
+
+    operator: str
+    kernel: str
+    form: str
+    dtype: str
+    sizes: str
+    arch: str
+    warps: int
+    registers: int
+    """Of each thread."""
+    spills: int
+    """Bytes of each thread's stack (NVIDIA), or vector registers that are spilled (AMD)."""
+    shared: int
+    """Bytes of shared memory."""
+    products: int
+    """Instructions that multiply matrices: mma and wgmma, or mfma."""
+
+    @property
+    def fails(self) -> bool:
+        return self.shared > SHARED[self.arch] or (self.arch.startswith("sm_") and self.spills > 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is compiled
+
+FORMS = ("softmax", "max", "mean", "channel", "softmax alone", "channel alone")
+"""Of language_gate. "alone": without a value, for the gate alone."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (32, 40, 64, 80, 96, 128)
+TOKENS = (16, 32, 64, 128, 200)
+
+
+def gate_case(form: str, dtype: torch.dtype, width: int, tokens: int) -> Case:
+    word, _, alone = form.partition(" ")
+
+    def make(count: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(2, count, 3, width, dtype=dtype, device="meta")
+
+    def run() -> None:
+        channel = word == "channel"
+        query, key = make(1000), make(tokens)
+        value, gate_value = None if alone else make(1000), make(tokens) if channel else None
+        mask = torch.empty(2, tokens, dtype=torch.bool, device="meta")
+        bias = torch.empty(3, *([width] if channel else []), device="meta")
+        shared = query, key, value, gate_value, mask, bias, 0.1, "softmax" if channel else word
+        _, gate = language_gate.forward(*shared, True)
+        needs = (True, True, not alone, channel, True)
+        language_gate.backward(value, gate if alone else None, *shared, needs)
+
+    return Case("language_gate", form, dtype, f"M{tokens} D{width}", run)
+
+
+def covering() -> Iterator[Case]:
+    """Few cases in which each form, dtype, size of a head and tile of tokens occurs."""
+    yield gate_case("softmax", torch.bfloat16, 64, 32)
+    yield gate_case("channel", torch.bfloat16, 64, 32)
+    yield gate_case("max", torch.float16, 40, 16)
+    yield gate_case("mean", torch.float32, 80, 64)
+    yield gate_case("softmax", torch.float32, 128, 128)
+    yield gate_case("channel", torch.float16, 96, 200)
+    yield gate_case("channel alone", torch.float32, 32, 32)
+
+
+def every() -> Iterator[Case]:
+    yield from itertools.starmap(gate_case, itertools.product(FORMS, DTYPES, WIDTHS, TOKENS))
+
+
+# ---------------------------------------------------------------------------------------------
+# Compilation
+
+
+def source(launch: _triton.Launch) -> tuple[ASTSource, dict[str, object]]:
+    """A launch as Triton would compile it, and its options. New tensors lie at multiples of 16."""
+    kernel, _, arguments, settings = launch
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | settings
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, x = parameter.name, given.pop(parameter.name)
+        if parameter.is_constexpr or x is None:
+            signature[name], constants[name] = "constexpr", x
+        elif isinstance(x, Tensor):
+            signature[name] = f"*{_TYPES[x.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if isinstance(x, int) else "fp32"
+    return ASTSource(kernel, signature, constants, attributes), given
+
+
+def launched(case: Case, arch: str) -> list[_triton.Launch]:
+    """What a case launches, each kernel once unless it is to be compiled in several ways."""
+    with _triton.recorded(arch) as launches:
+        case.run()
+    return list({source(launch)[0].hash(): launch for launch in launches}.values())
+
+
+def compile_case(case: Case, arch: str) -> Iterator[Usage]:
+    """All kernels that a case launches, compiled for an architecture."""
+    for launch in launched(case, arch):
+        code, options = source(launch)
+        compiled = triton.compile(
+            code, target=TARGETS[arch], options=options | {"enable_fp_fusion": True}
+        )
+        registers, spills, products = (_of_nvidia if arch.startswith("sm_") else _of_amd)(compiled)
+        yield Usage(
+            case.operator,
+            launch.kernel.__name__.removesuffix("_kernel"),
+            case.form,
+            str(case.dtype).removeprefix("torch."),
+            case.sizes,
+            arch,
+            options["num_warps"],
+            registers,
+            spills,
+            compiled.metadata.shared,
+            products,
+        )
+
+
+def _of_nvidia(compiled: CompiledKernel) -> tuple[int, int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        told = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+    registers, stack, local = map(int, found.groups())
+    products = re.findall(r"^\s*(?:mma\.sync|wgmma\.mma_async)", compiled.asm["ptx"], re.MULTILINE)
+    return registers, stack + local, len(products)
+
+
+def _of_amd(compiled: CompiledKernel) -> tuple[int, int, int]:
+    text = compiled.asm["amdgcn"]
+    registers, spills = (
+        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        for name in ("vgpr_count", "vgpr_spill_count")
+    )
+    return registers, spills, len(re.findall(r"^\s*v_mfma", text, re.MULTILINE))
+
+
+def compile_cases(cases: Iterable[Case], archs: Iterable[str] = TARGETS) -> Iterator[Usage]:
+    for arch, case in itertools.product(archs, list(cases)):
+        yield from compile_case(case, arch)
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
+
+
+def table(usages: Iterable[Usage]) -> str:
+    """As Markdown, with the version of Triton, whose compiler the numbers are of."""
+    lines = [f"Triton {triton.__version__}.", ""]
+    for arch, group in itertools.groupby(usages, lambda usage: usage.arch):
+        lines += [
+            f"### {arch}",
+            "",
+            "| kernel | form | dtype | sizes | warps | registers | spills | shared | products |",
+            "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [*map(row, group), ""]
+    return "\n".join(lines[:-1])
+
+
+def row(u: Usage) -> str:
+    return (
+        f"| {u.operator} {u.kernel} | {u.form} | {u.dtype} | {u.sizes} | {u.warps} | "
+        f"{u.registers} | {u.spills} | {u.shared:,} | {u.products} |"
+    )
+
+
+def rewritten(document: str, table: str) -> str:
+    """The document with the table between its marks."""
+    before, rest = document.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    usages = []
+    for usage in compile_cases(every() if arguments == ["all"] else covering()):
+        usages.append(usage)
+        if usage.fails:
+            print(f"spills, or takes too much shared memory: {usage}", file=sys.stderr, flush=True)
+    if arguments and arguments != ["all"]:
+        path = Path(arguments[0])
+        path.write_text(rewritten(path.read_text("utf-8"), table(usages)), "utf-8")
+    else:
+        print(table(usages))
+    return int(any(usage.fails for usage in usages))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
