@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vd_kernels import TopKSample, _checks, topk_gather, topk_sample, use_backend
+from vd_kernels.backends import load_cpu_kernels
 
 METHODS = ("hard", "perturbed", "gumbel", "lapsum")
 CPU = torch.device("cpu")
@@ -293,6 +294,28 @@ def test_gumbel_where_one_pick_has_nearly_all_of_p(backend: str | None) -> None:
     with use_backend(backend) if backend else contextlib.nullcontext():
         found = result(torch.float32)
     torch.testing.assert_close(found.double(), result(torch.float64), rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gains_that_differ_little_from_each_other_count(backend: str) -> None:
+    """All samples leave the base for frames that are worth 10,000 more, and a little: sums of that
+    drown what they differ by unless the mean is taken off first, and exactly."""
+    if backend == "cpp" and (reason := load_cpu_kernels()):
+        pytest.skip(reason)
+    scores = torch.tensor([[1.0] + [0.0] * 7])
+    noise = normal(1, 40, 8)
+    noise[..., 0] = -3
+    grad = 1e4 + normal(1, 1, 8, seed=1)
+    grad[..., 0] = 0
+    grad = grad.float()
+    found = []
+    for dtype, name in ((torch.float32, backend), (torch.float64, "reference")):
+        x = scores.to(dtype, copy=True).requires_grad_()
+        with use_backend(name):
+            sample = topk_sample(x, 1, sigma=1.0, noise=noise.to(dtype))
+            found.append(gradient(sample, grad.to(dtype), x).double())
+    one, exact = found
+    assert (one - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("tau", [0.5, 2.0])

@@ -140,7 +140,8 @@ def _cells(indices: Tensor, frames: int) -> Tensor:
 def _exact_gradient(grad: Tensor, noise: Tensor, indices: Tensor, drawn: Tensor) -> Tensor:
     """sigma * d loss/d scores, the full vector-Jacobian product with a leave-one-out baseline."""
     samples, frames = noise.shape[1:]
-    flat = grad.flatten(1)
+    # In float64: where samples gain nearly the same, little is left of their sums.
+    flat, noise = grad.double().flatten(1), noise.double()
     # c_i = Σ_k (G[k,I_i[k]] - G[k,I_0[k]]): the difference first, so that it is exactly 0 where a
     # sample chose as the scores do, and no small sigma can blow up a rounding error.
     at_drawn = flat.gather(1, _cells(drawn, frames).flatten(1)).view(drawn.shape)
@@ -148,7 +149,7 @@ def _exact_gradient(grad: Tensor, noise: Tensor, indices: Tensor, drawn: Tensor)
     gains = (at_drawn - at_best).sum(-1)
     if samples > 1:
         gains = (gains - gains.mean(-1, keepdim=True)) / (samples - 1)
-    return torch.bmm(gains.unsqueeze(1), noise).squeeze(1)
+    return torch.bmm(gains.unsqueeze(1), noise).squeeze(1).to(grad.dtype)
 
 
 def _diagonal_gradient(grad: Tensor, noise: Tensor, indices: Tensor, drawn: Tensor) -> Tensor:
