@@ -69,32 +69,30 @@ def check_mask(name: str, mask: object) -> None:
 _passed: set[tuple] = set()
 
 
-def check_once(check: Callable[..., None], *arguments: object) -> None:
-    """Call `check(*arguments)`, unless arguments alike in all that it looks at have passed.
+def check_once(
+    check: Callable[..., None], tensors: tuple[Tensor | None, ...], settings: tuple[object, ...]
+) -> None:
+    """Call `check(*tensors, *settings)` unless arguments alike in all it looks at have passed.
 
-    It may look at shapes, dtypes and devices of tensors, not at their values, and at other
-    arguments as they are. Looking a signature up takes a fraction of the time of checking it.
-    Not while compiling, where sizes are symbols.
+    It may look at shapes, dtypes and devices of tensors, not at their values, and at settings as
+    they are. Looking a signature up takes a fraction of the time of checking it. Not while
+    compiling, where sizes are symbols.
     """
-    parts: list[object] = [check]
-    for x in arguments:
-        if x is None:
-            parts.append(None)
-        elif isinstance(x, Tensor):
-            parts += (x.shape, x.dtype, x.device)
-        else:
-            parts += (type(x), x)  # as 1 == 1.0 == True
-    signature = tuple(parts)
     try:
+        signature = (
+            check,
+            *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
+            settings,
+            *map(type, settings),  # as 1 == 1.0 == True
+        )
         if signature in _passed:
-            return None
-    except TypeError:  # a list is no key
-        return check(*arguments)
-    check(*arguments)
+            return
+    except (AttributeError, TypeError):  # no tensors, or a list, which is no key
+        return check(*tensors, *settings)
+    check(*tensors, *settings)
     if len(_passed) >= 4096:  # a service with ever new sizes must not grow
         _passed.clear()
     _passed.add(signature)
-    return None
 
 
 def check_choice(name: str, given: object, allowed: Sequence[str]) -> None:

@@ -83,13 +83,14 @@ def language_gate(
         >>> gated.shape, gate.shape
         (torch.Size([2, 36, 4, 32]), torch.Size([2, 36, 4]))
     """
+    settings = (scale, reduction)
     if _library.is_observed(query, key, value, gate_value, key_mask, bias):
         refuse_forward_mode("language_gate", query, key, value, gate_value, bias)
         query, key, value, gate_value = autocast(query, key, value, gate_value)
-        _check(query, key, value, gate_value, key_mask, bias, scale, reduction)
+        _check(query, key, value, gate_value, key_mask, bias, *settings)
         run = torch.ops.vd.language_gate.default
     else:
-        check_once(_check, query, key, value, gate_value, key_mask, bias, scale, reduction)
+        check_once(_check, (query, key, value, gate_value, key_mask, bias), settings)
         run = op.choose(op.FORWARD, query, value, gate_value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     need_gate = return_gate or value is None

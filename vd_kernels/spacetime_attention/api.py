@@ -89,14 +89,14 @@ def spacetime_attention(
         torch.Size([2, 8, 36, 4, 32])
     """
     prefixes = (prefix_query, prefix_key, prefix_value)
-    settings = (axis, window, grid, causal, key_mask)
+    settings = (axis, window, grid, causal, scale)
     if _library.is_observed(query, key, value, key_mask, *prefixes, gate):
         refuse_forward_mode("spacetime_attention", query, key, value, *prefixes, gate)
         query, key, value, *prefixes = autocast(query, key, value, *prefixes)
-        _check(query, key, value, *settings, *prefixes, gate, scale)
+        _check(query, key, value, key_mask, gate, *prefixes, *settings)
         run = torch.ops.vd.spacetime_attention.default
     else:
-        check_once(_check, query, key, value, *settings, *prefixes, gate, scale)
+        check_once(_check, (query, key, value, key_mask, gate, *prefixes), settings)
         run = backends.choose("spacetime_attention", op.FORWARD, query)
     if axis == "time" and window is not None:
         window = (window,)
@@ -111,15 +111,15 @@ def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_mask: Tensor | None,
+    gate: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
     axis: str,
     window: int | tuple[int, int, int] | None,
     grid: tuple[int, int] | None,
     causal: bool,
-    key_mask: Tensor | None,
-    prefix_query: Tensor | None,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    gate: Tensor | None,
     scale: float | None,
 ) -> None:
     _check_tokens(query, key, value, key_mask, gate, scale)

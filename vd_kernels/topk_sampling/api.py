@@ -122,19 +122,20 @@ def topk_sample(
         >>> scores.grad.shape
         torch.Size([1, 4])
     """
-    checked = (scores, k, method, mask, row_offset, noise, order, gradient)
-    numbers = (sigma, num_samples, temperature)
+    settings = (k, method, order, gradient, row_offset, sigma, num_samples, temperature)
     observed = _library.is_observed(scores, mask, seed, noise)
     if observed:
         refuse_forward_mode("topk_sample", scores)
-        _check_sample(*checked, *numbers)
+        _check_sample(scores, mask, noise, *settings)
     else:
-        check_once(_check_sample, *checked, *numbers)
+        check_once(_check_sample, (scores, mask, noise), settings)
     _check_seed(seed)
     if noise is not None and may_read_values(noise) and not noise.isfinite().all():
         raise ValueError("noise must be finite, got NaN or infinity")
     lead, frames = scores.shape[:-1], scores.shape[-1]
-    rows = _real_scores(scores, mask).reshape(math.prod(lead), frames)
+    rows = _real_scores(scores, mask)
+    if len(lead) != 1:
+        rows = rows.reshape(math.prod(lead), frames)
 
     run = getattr(torch.ops.vd, f"topk_{method}").default if observed else op.choose(method, rows)
     if method == "hard":
@@ -152,8 +153,9 @@ def topk_sample(
         else:
             weights, indices = run(rows, k, float(temperature), *drawn, order)
 
-    indices = indices.view(*lead, k)
-    return TopKSample(weights.view(*lead, *weights.shape[1:]), indices, indices >= 0)
+    if len(lead) != 1:
+        weights, indices = weights.view(*lead, *weights.shape[1:]), indices.view(*lead, k)
+    return TopKSample(weights, indices, indices >= 0)
 
 
 def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
@@ -188,14 +190,15 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
         refuse_forward_mode("topk_gather", values, weights)
         _check_gather(values, weights, indices)
     else:
-        check_once(_check_gather, values, weights, indices)
+        check_once(_check_gather, (values, weights, indices), ())
+    run = torch.ops.vd.topk_gather.default if observed else op.choose("gather", values)
+    if indices.dim() == 2 and values.dim() == 3:
+        return run(values, weights, indices)
     lead, frames = indices.shape[:-1], weights.shape[-1]
     inner = values.shape[len(lead) + 1 :]
     rows, slots = math.prod(lead), indices.shape[-1]
-    values = values.reshape(rows, frames, math.prod(inner))
-    run = torch.ops.vd.topk_gather.default if observed else op.choose("gather", values)
     gathered = run(
-        values,
+        values.reshape(rows, frames, math.prod(inner)),
         weights.reshape(rows, *weights.shape[len(lead) :]),
         indices.reshape(rows, slots),
     )
@@ -237,18 +240,18 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed.reshape(()).to(device)
     signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.full((), signed, dtype=torch.int64, device=device)
+    return torch.scalar_tensor(signed, dtype=torch.int64, device=device)
 
 
 def _check_sample(
     scores: Tensor,
+    mask: Tensor | None,
+    noise: Tensor | None,
     k: int,
     method: str,
-    mask: Tensor | None,
-    row_offset: int,
-    noise: Tensor | None,
     order: str,
     gradient: str,
+    row_offset: int,
     sigma: float,
     num_samples: int,
     temperature: float,
