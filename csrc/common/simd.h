@@ -266,21 +266,35 @@ VD_INLINE U rounded(F x) {
 #endif
 }
 
-VD_INLINE void store(BFloat16* to, F x) {
-  const H narrow = __builtin_convertvector(rounded(x), H);
-  std::memcpy(to, &narrow, sizeof narrow);
+// As the bits of what a pointer points to.
+VD_INLINE H narrowed(F x, const BFloat16*) {
+#if defined(__AVX512BF16__) && VD_INTRINSICS == 512
+  return (H)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(rounded(x), H);
+#endif
 }
 
-VD_INLINE void store(Half* to, F x) {
+VD_INLINE H narrowed(F x, const Half*) {
 #if VD_INTRINSICS == 512
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif VD_INTRINSICS == 256
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+  return (H)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  for (int i = 0; i < kLanes; ++i) narrow(x[i], to + i);
+  H bits;
+  for (int i = 0; i < kLanes; ++i) {
+    Half one;
+    narrow(x[i], &one);
+    bits[i] = one.bits;
+  }
+  return bits;
 #endif
+}
+
+template <typename T>
+VD_INLINE void store(T* to, F x) {
+  const H bits = narrowed(x, to);
+  std::memcpy(to, &bits, sizeof bits);
 }
 
 // run(T{}) for what tensors hold.
@@ -342,16 +356,12 @@ VD_INLINE void stream(float* to, F x) {
 }
 template <typename T>
 VD_INLINE void stream(T* to, F x) {
-  alignas(2 * kLanes) T narrow[kLanes];
-  store(narrow, x);
 #if VD_STREAMS == 512
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow)));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)narrowed(x, to));
 #elif VD_STREAMS == 256
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to),
-                   _mm_load_si128(reinterpret_cast<const __m128i*>(narrow)));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)narrowed(x, to));
 #else
-  std::memcpy(to, narrow, sizeof narrow);
+  store(to, x);
 #endif
 }
 

@@ -348,6 +348,12 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
       }
       int64_t c = 0;
       F sum = {};
+      if constexpr (pairs) {
+        for (; !g.per_channel && c + 2 * kLanes <= g.channels; c += 2 * kLanes) {
+          sum = fma_pairs(load(reinterpret_cast<const float*>(grad_out + c)),
+                          load(reinterpret_cast<const float*>(value + c)), sum);
+        }
+      }
       for (; c + kLanes <= g.channels; c += kLanes) {
         const F product = load(grad_out + c) * load(value + c);
         if (g.per_channel) {

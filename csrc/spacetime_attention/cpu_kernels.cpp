@@ -217,7 +217,7 @@ struct GradientRoom : Room<T> {
         grad_weights(take(this->keys * this->block)),
         columns(take(this->paired(this->keys * units_of<T>(this->block)))),
         grad_out(take(this->block * this->width)),
-        grad_units(take(this->paired(this->block * this->units))),
+        grad_units(kPaired<T> ? take(this->block * this->units) : grad_out),
         zeros(take(this->width)) {}
 
   float* take(int64_t floats) { return this->carve.take(floats); }
@@ -230,23 +230,13 @@ int64_t backward_scratch(const Arguments& a) {
   return floats;
 }
 
-// From p (not yet normalised) and dL/d out in room.grad_out [rows,width]: adds to dL/dk and dL/dv, and
-// gives dL/dq in room.result.
+// From p (not yet normalised) and the gradient of the sum of values by it: gives dL/dq in room.result,
+// and dL/dk and dL/dv, or adds to them.
 template <typename T>
 void differentiate(const Arguments& a, const GradientRoom<T>& room, const Stack& key,
-                   const Rows& query, int64_t rows, int64_t keys) {
+                   const Rows& query, const Rows& grad_sum, int64_t rows, int64_t keys, bool add) {
   constexpr bool pairs = kPaired<T>;
   const int64_t width = room.width, block = room.block, padded = round_up(keys, kLanes);
-  const float* grad_out = room.grad_out;
-  int64_t grad_step = width;
-  if constexpr (pairs) {
-    for (int64_t i = 0; i < rows; ++i) {
-      store_row(room.grad_out + i * width, width, 1.0f,
-                reinterpret_cast<T*>(room.grad_units + i * room.units));
-    }
-    grad_out = room.grad_units;
-    grad_step = room.units;
-  }
   for (int64_t i = 0; i < rows; i += kLanes) {
     const F share = load(room.shares + i);
     float* p = room.weights + i;
@@ -254,12 +244,12 @@ void differentiate(const Arguments& a, const GradientRoom<T>& room, const Stack&
   }
   if (a.grad_value || a.grad_prefix_value) {
     const Left p = over_columns<T>(room.weights, keys, block, rows, room.columns);
-    const Stack grad = stack_of<T>(grad_out, grad_step, rows, width, room.grad_stack);
+    const Stack grad = stack_of<T>(grad_sum.data, grad_sum.stride, rows, width, room.grad_stack);
     gemm<pairs>(keys, a.width, units_of<T>(rows), p.data, p.strides, grad.data, grad.stride,
-                room.grad_value, width, true);
+                room.grad_value, width, add);
   }
-  gemm<pairs>(rows, keys, units_of<T>(a.width), grad_out, {grad_step, 1}, room.value_columns, padded,
-              room.scores, padded, false);
+  gemm<pairs>(rows, keys, units_of<T>(a.width), grad_sum.data, {grad_sum.stride, 1},
+              room.value_columns, padded, room.scores, padded, false);
   transpose(rows, keys, room.scores, padded, room.grad_weights, block);
   for (int64_t i = 0; i < rows; i += kLanes) {
     const float* p = room.weights + i;
@@ -274,7 +264,7 @@ void differentiate(const Arguments& a, const GradientRoom<T>& room, const Stack&
     const Left grad = over_columns<T>(room.grad_weights, keys, block, rows, room.columns);
     const Stack q = stack_of<T>(query.data, query.stride, rows, width, room.query_stack);
     gemm<pairs>(keys, a.width, units_of<T>(rows), grad.data, grad.strides, q.data, q.stride,
-                room.grad_key, width, true);
+                room.grad_key, width, add);
   }
   const Left grad = over_rows<T>(room.grad_weights, keys, block, rows, room.left);
   gemm<pairs>(rows, a.width, units_of<T>(keys), grad.data, grad.strides, key.data, key.stride,
@@ -287,19 +277,13 @@ float key_factor(const Arguments& a) {
   return kPaired<T> ? a.scale : 1.0f;
 }
 
+// Rows of the gradient of what attention alone returns: dL/d out, through the gate where there is one.
+// Writes the gate's own, dL/d out * (p v), with p v in room.result.
 template <typename T>
-void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<T>& ahead,
-                    int64_t part, const Stack& key, const Stack& value, int64_t first, int64_t rows,
-                    int64_t keys, bool around) {
+Rows through_gate(const Sequence& s, const GradientRoom<T>& room, int64_t first, int64_t rows) {
   const Arguments& a = s.a;
   const int64_t width = room.width;
-  ahead.fetch_part(a.query, part);
-  const Rows query = rows_of<T>(s, a.query, first, rows, width, room.query);
-  attend(s, room, query, first, rows, keys);
-  ahead.fetch_part(a.key, part);
-  if (a.grad_gate) {  // dL/d gate = dL/d out * (p v)
-    sum_values(a, room, value, rows, keys);
-  }
+  if (!a.gate.data) return rows_of<T>(s, a.grad_out, first, rows, width, room.grad_units);
   for (int64_t i = 0; i < rows; ++i) {
     float* grad = room.grad_out + i * width;
     load_row(s.at<T>(a.grad_out, first + i), a.width, grad);
@@ -315,10 +299,28 @@ void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<
       }
     }
     const GateRow gate = gate_of(s, first + i, room.gate);
-    if (a.gate.data) multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
+    multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
+    if constexpr (kPaired<T>) {
+      store_row(grad, width, 1.0f, reinterpret_cast<T*>(room.grad_units + i * room.units));
+    }
   }
+  return {room.grad_units, room.units};
+}
+
+template <typename T>
+void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<T>& ahead,
+                    int64_t part, const Stack& key, const Stack& value, int64_t first, int64_t rows,
+                    int64_t keys, bool around) {
+  const Arguments& a = s.a;
+  const int64_t width = room.width;
+  ahead.fetch_part(a.query, part);
+  const Rows query = rows_of<T>(s, a.query, first, rows, width, room.query);
+  attend(s, room, query, first, rows, keys);
+  ahead.fetch_part(a.key, part);
+  if (a.grad_gate) sum_values(a, room, value, rows, keys);
+  const Rows grad = through_gate(s, room, first, rows);
   ahead.fetch_part(a.value, part);
-  differentiate(a, room, key, query, rows, keys);
+  differentiate(a, room, key, query, grad, rows, keys, first > 0);
   ahead.fetch_part(a.grad_out, part);
   ahead.fetch_part(a.gate, part);
   if (!a.grad_query) return;
@@ -336,9 +338,9 @@ void prefix_backward(const Sequence& s, const GradientRoom<T>& room, const Stack
   for (int64_t i = 0; i < a.prefixes; ++i) {
     const Rows query{room.prefix, room.units};
     load_units(s.at<T>(a.prefix_query, i), a.width, width, room.prefix);
-    load_row(s.at<T>(a.grad_prefix_out, i), a.width, room.grad_out);
+    load_units(s.at<T>(a.grad_prefix_out, i), a.width, width, room.grad_units);
     attend(s, room, query, -1, 1, keys);
-    differentiate(a, room, key, query, 1, keys);
+    differentiate(a, room, key, query, {room.grad_units, room.units}, 1, keys, true);
     if (!a.grad_prefix_query) continue;
     store_row(room.result, a.width, key_factor<T>(a), a.grad_prefix_query + s.prefix_row(i) * a.width);
   }
@@ -362,11 +364,15 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
       transpose(keys, units_of<T>(a.width), room.key, room.units, room.key_columns, padded);
       transpose(keys, units_of<T>(a.width), room.value, room.units, room.value_columns, padded);
       const Stack key = stack_of<T>(room.key, room.units, keys, width, room.key_stack);
-      const Stack value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
-      for (int64_t i = 0; i < keys * width; ++i) room.grad_key[i] = room.grad_value[i] = 0.0f;
-      for (int64_t first = 0; a.grad_out.data && first < a.length; first += room.block, ++part) {
+      Stack value{};
+      if (a.grad_gate) value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
+      const int64_t queries = a.grad_out.data ? a.length : 0;  // the first block sets, others add
+      for (int64_t i = 0; queries == 0 && i < keys * width; ++i) {
+        room.grad_key[i] = room.grad_value[i] = 0.0f;
+      }
+      for (int64_t first = 0; first < queries; first += room.block, ++part) {
         backward_block(s, room, ahead, part, key, value, first,
-                       smaller(room.block, a.length - first), keys, fits(a.grad_query));
+                       smaller(room.block, queries - first), keys, fits(a.grad_query));
       }
       for (int64_t i = 0; !a.grad_out.data && a.grad_query && i < a.length; ++i) {
         store_row(room.zeros, a.width, 1.0f, static_cast<T*>(a.grad_query) + s.row(i) * a.width);
