@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -209,20 +210,25 @@ class BuildCompiled(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
         reason = self.try_build(ext, target)
-        # An editable install loads the library from the source folder; setuptools copies it there.
-        package = ROOT / "vd_kernels" if self.inplace or self.editable_mode else target.parent
-        package.mkdir(parents=True, exist_ok=True)
         if reason:
-            for stale in (target, package / target.name):
-                stale.unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
             print(f"{ext.name} was not built: {reason}", file=sys.stderr)
-        path = package / "_build_info.json"
-        record = {}
+        self.record = target.with_name("_build_info.json")
+        reasons = {}
         if ext is not self.extensions[0]:  # the first one begins a new record
-            record = json.loads(path.read_text(encoding="utf-8"))
-        record[ext.name.rpartition(".")[2]] = reason
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            reasons = json.loads(self.record.read_text(encoding="utf-8"))
+        reasons[ext.name.rpartition(".")[2]] = reason
+        self.record.write_text(json.dumps(reasons) + "\n", encoding="utf-8")
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install loads from the source folder: the record goes there, too."""
+        for ext in self.extensions:
+            stale = Path(self.get_ext_fullpath(ext.name)).name
+            (ROOT / "vd_kernels" / stale).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+        shutil.copy(self.record, ROOT / "vd_kernels")
 
     def try_build(self, ext: Extension, target: Path) -> str:
         """Empty when built, else why not."""

@@ -38,7 +38,7 @@ class Build:
         return json.loads((self.package / "_build_info.json").read_text(encoding="utf-8"))
 
 
-def build(folder: Path, **environment: str) -> Build:
+def build(folder: Path, *, inplace: bool = False, **environment: str) -> Build:
     """Run `setup.py build_ext` in a fresh copy of the sources; the checkout stays as it is."""
     source = folder / "source"
     (source / "vd_kernels").mkdir(parents=True)
@@ -49,15 +49,17 @@ def build(folder: Path, **environment: str) -> Build:
     (source / "vd_kernels" / "__init__.py").write_text("", encoding="utf-8")
     shutil.copytree(ROOT / "csrc", source / "csrc")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("VD_BUILD")}
+    where = ["--inplace"] if inplace else ["--build-lib", "lib"]
     run = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", "lib", "--build-temp", "tmp"],
+        [sys.executable, "setup.py", "build_ext", "--build-temp", "tmp", *where],
         cwd=source,
         env=inherited | environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    return Build(run.returncode, run.stdout + run.stderr, source / "lib" / "vd_kernels")
+    package = (source if inplace else source / "lib") / "vd_kernels"
+    return Build(run.returncode, run.stdout + run.stderr, package)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,13 @@ def test_compiled_module_is_warning_free_and_reproducible(built: Build, tmp_path
     again = build(tmp_path, VD_BUILD_CPP="1", CXXFLAGS="-Werror")
     assert again.returncode == 0, again.output
     assert again.module.read_bytes() == built.module.read_bytes()
+
+
+def test_a_build_in_place_leaves_its_record_there(tmp_path: Path) -> None:
+    done = build(tmp_path, inplace=True, VD_BUILD_CPP="0")
+    assert done.returncode == 0, done.output
+    assert all("VD_BUILD_CPP=0" in reason for reason in done.record.values())
+    assert not done.module.exists()
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc/cpuinfo")
