@@ -322,7 +322,9 @@ def test_compiles_whole_with_dynamic_sizes(backend: str) -> None:
     for batch, count in ((5, 7), (3, 12), (11, 9)):
         inputs = whole_inputs(batch, count)
         for one, other in zip(results(compiled, inputs), results(whole, inputs), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            # Of the largest: what is left of terms that cancel keeps their rounding.
+            allowed = 1e-6 * max(1.0, other.abs().max().item())
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=allowed)
     assert counter["stats"]["unique_graphs"] == 1, "another size was compiled anew"
 
 
