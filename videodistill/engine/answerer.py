@@ -14,6 +14,7 @@ import torch
 
 from videodistill.encoders import FrameFeatures
 from videodistill.engine import checks
+from videodistill.engine.graphs import GraphRunner
 from videodistill.errors import UserError
 from videodistill.video import FrameReader, VideoWarning
 
@@ -157,6 +158,8 @@ class Answerer:
     ) -> None:
         self.model = model.eval()
         self.encoder = encoder
+        # On a GPU its small operators would wait for the host.
+        self._head = GraphRunner(model) if encoder.device.type == "cuda" else model
         self.trained = trained
         self._embedded: dict[tuple[str, ...], tuple[torch.Tensor, list[bool]]] = {}
 
@@ -261,7 +264,7 @@ class Answerer:
         frame_embed, patches = video.features
         start, end = video.interval
         times = torch.as_tensor((video.times - start) / (end - start)).clamp(0, 1)
-        return self.model(
+        return self._head(
             frame_embed[None],
             patches[None],
             texts.text_embed[rows],

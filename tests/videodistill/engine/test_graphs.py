@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from videodistill.engine.graphs import GraphRunner
+from videodistill.model import VideoDistill, VideoDistillConfig, VideoDistillOutput
+
+CONFIG = VideoDistillConfig(
+    embed_dim=16, patch_dim=24, token_dim=20, patch_grid=(2, 3), width=32, heads=4, frames=8, pick=3
+)
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.device_count(), reason="torch sees no CUDA device"),
+    ],
+)
+devices = pytest.mark.parametrize("device", ["cpu", ON_GPU])
+
+
+def model_on(device: str, **settings: Any) -> VideoDistill:
+    """With random weights also where training starts at zero, so that everything shows."""
+    torch.manual_seed(0)
+    model = VideoDistill(VideoDistillConfig(**(vars(CONFIG) | settings)))
+    for weight in (model.answering.adapt[-1].weight, model.sampler.score.weight):
+        torch.nn.init.normal_(weight, std=0.2)
+    return model.to(device).eval()
+
+
+def inputs(
+    device: str, videos: int, questions: int, frames: int, tokens: int, *, masked: bool = False
+) -> dict[str, Any]:
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    generator = torch.Generator().manual_seed(frames * 31 + tokens)
+    rows = videos * questions
+    given = {
+        "frame_embed": draw(videos, frames, 16),
+        "patches": draw(videos, frames, 6, 24),
+        "text_embed": draw(rows, 16),
+        "tokens": draw(rows, tokens, 20),
+        "token_mask": torch.arange(tokens, device=device).expand(rows, tokens) < max(1, tokens - 2),
+    }
+    if masked:
+        count = torch.arange(videos, device=device)[:, None] + frames - videos
+        given["frame_mask"] = torch.arange(frames, device=device) < count
+    return given
+
+
+def assert_near(found: VideoDistillOutput, expected: VideoDistillOutput) -> None:
+    assert torch.equal(found.sample.indices, expected.sample.indices)
+    assert torch.equal(found.sample.slot_mask, expected.sample.slot_mask)
+    assert torch.equal(found.sample.weights, expected.sample.weights)
+    for name in ("answer_embed", "scores", "patch_gates"):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(expected, name), atol=2e-5, rtol=1e-4, msg=name
+        )
+
+
+SIZES = [(1, 1, 8, 4), (1, 5, 8, 7), (3, 2, 11, 5), (2, 1, 3, 1), (1, 3, 9, 6), (1, 1, 8, 4)]
+
+
+@devices
+@pytest.mark.parametrize(
+    "settings", [{}, {"frame_choice": "uniform"}, {"gate": "channel"}], ids=str
+)
+def test_padding_changes_nothing(device: str, settings: dict[str, Any]) -> None:
+    """Calls of several sizes in turn, so that a bucket holds what an earlier one left in it."""
+    model = model_on(device, **settings)
+    runner = GraphRunner(model)
+    for masked in (False, True):
+        for sizes in SIZES:
+            given = inputs(device, *sizes, masked=masked)
+            with torch.inference_mode():
+                expected = model(**given)
+            assert_near(runner(**given), expected)
+
+
+@devices
+def test_results_stay_when_the_next_call_comes(device: str) -> None:
+    runner = GraphRunner(model_on(device))
+    first = runner(**inputs(device, 1, 2, 8, 4))
+    kept = first.answer_embed.clone()
+    runner(**inputs(device, 1, 2, 8, 3))
+    assert torch.equal(first.answer_embed, kept)
+
+
+@devices
+def test_changed_weights_and_times_count(device: str) -> None:
+    model, given = model_on(device), inputs(device, 1, 2, 8, 4)
+    runner = GraphRunner(model)
+    runner(**given)
+    with torch.no_grad():
+        model.sampler.score.weight.mul_(-3)
+    times = torch.linspace(0, 0.4, 8, device=device)[None]
+    with torch.inference_mode():
+        expected = model(**given, times=times, pick=5)
+    assert_near(runner(**given, times=times, pick=5), expected)
+
+
+@devices
+def test_sizes_share_buckets_and_old_buckets_go(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("videodistill.engine.graphs._GRAPHS", 2)
+    runner = GraphRunner(model_on(device))
+    for tokens in (5, 6, 7, 8):
+        runner(**inputs(device, 1, 3, 8, tokens))
+    assert len(runner._buckets) == 1
+    for frames in (3, 20, 40):
+        runner(**inputs(device, 1, 1, frames, 4))
+    assert len(runner._buckets) == 2
+
+
+def test_bad_calls_are_refused() -> None:
+    model = model_on("cpu")
+    runner = GraphRunner(model)
+    with pytest.raises(ValueError, match="5 questions cannot be shared evenly by 2 videos"):
+        runner(**(inputs("cpu", 2, 3, 8, 4) | {"text_embed": torch.randn(5, 16)}))
+    with pytest.raises(ValueError, match="pick must be between 1 and the 8 frames, got 9"):
+        runner(**inputs("cpu", 1, 1, 8, 4), pick=9)
+    with pytest.raises(ValueError, match="training mode"):
+        GraphRunner(model.train())(**inputs("cpu", 1, 1, 8, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.device_count(), reason="torch sees no CUDA device")
+def test_nothing_waits_for_the_device() -> None:
+    runner, given = GraphRunner(model_on("cuda")), inputs("cuda", 1, 3, 11, 5)
+    runner(**given)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runner(**given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
