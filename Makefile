@@ -12,6 +12,9 @@ VIDEO ?= videodistill/assets/sample.mp4
 FIGURE ?= answer.png
 QUESTIONS ?= "what shape is the thing that makes the blue star shrink?" \
   "what shape is the purple visitor?" "on which side is the blue ring when it comes in?"
+# Where `make gpu` writes, and which of its parts it does: build tests bench head; all when empty.
+OUT ?= gpu
+PART ?=
 # One worker per core; each runs torch on one thread, so that they do not fight for cores.
 PYTEST_FLAGS ?= -n auto --maxprocesses 8
 
@@ -21,7 +24,7 @@ BUILD_INPUTS = pyproject.toml setup.py constraints.txt vd_kernels/_version.py $(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help answer test lint sanitize cross bench default-model clean
+.PHONY: help answer test lint sanitize cross bench gpu default-model clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +53,9 @@ cross: $(VENV)/.torch ## compile the C++ for aarch64 and with Clang; CROSS=, CLA
 bench: $(VENV)/.bench ## measure and write the tables; BENCH_FLAGS="-q -k gate" to choose
 	$(VENV)/bin/python -m benchmarks run $(BENCH_FLAGS)
 	$(VENV)/bin/python -m benchmarks report
+
+gpu: ## on a machine with a GPU: build, test and measure with PYTHON's packages; OUT=, PART= (see .ci/gpu)
+	$(PYTHON) .ci/gpu $(OUT) $(PART)
 
 default-model: $(INSTALLED) ## make the bundled model again: videos, encoder, features, head
 	$(VENV)/bin/videodistill train-default

@@ -15,6 +15,7 @@ import torch
 from benchmarks import registry, report, results
 from benchmarks.cases import DTYPES, Case
 from benchmarks.floors import matmul_rate
+from benchmarks.goals import goals
 from benchmarks.runner import measure
 from benchmarks.timing import FULL, QUICK, clock_of
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         "-k", "--only", default="", metavar="REGEX", type=_regex, help="cases whose id matches"
     )
     run.add_argument("-c", "--curves", action="store_true", help="growth curves instead")
+    run.add_argument("-g", "--goals", action="store_true", help="only cases that have a goal")
     run.add_argument("-q", "--quick", action="store_true", help="few rounds: to try things out")
     run.add_argument("-a", "--again", action="store_true", help="also what was measured before")
     run.add_argument("-l", "--list", action="store_true", help="print the ids and do nothing")
@@ -88,11 +90,13 @@ def selected(arguments: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
     names = arguments.dtype or (tuple(DTYPES) if arguments.device == "cuda" else tuple(DTYPES)[:2])
     dtypes = [DTYPES[name] for name in names]
+    wanted = goals(arguments.device)
     return [
         case
         for case in registry.cases(arguments.device)
         if bool(case.curve) == arguments.curves
         and case.dtype in dtypes
+        and (case.id in wanted or not arguments.goals)
         and re.search(arguments.only, case.id)
     ]
 

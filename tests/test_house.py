@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -199,3 +200,18 @@ def test_no_tracked_file_names_a_folder_of_one_machine(texts: dict[Path, str]) -
 def test_no_tracked_file_is_a_pickle(tracked: list[Path]) -> None:
     pickled = {".pkl", ".pickle", ".pt", ".pth", ".joblib"}
     assert not [path for path in tracked if path.suffix in pickled]
+
+
+def test_without_a_gpu_make_gpu_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for parts, told in (([], "sees no CUDA device"), (["everything"], "usage: .ci/gpu OUT")):
+        done = subprocess.run(
+            [sys.executable, ROOT / ".ci" / "gpu", tmp_path / "out", *parts],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert told in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

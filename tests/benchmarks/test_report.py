@@ -236,6 +236,8 @@ def test_the_command_line_selects() -> None:
     assert {name.split("/")[3] for name in ids("-p", "float16")} == {"float16"}
     assert all(name.startswith("topk") for name in ids("-k", "^topk"))
     assert all(name.count("/") == 5 for name in ids("-c"))
+    for device in ("cpu", "cuda"):
+        assert set(ids("-d", device, "--goals")) == set(goals(device))
 
 
 @pytest.mark.parametrize(
