@@ -3,7 +3,8 @@
 Each entry has ``interval`` "name|fpvX|start|end" (frames of the recording that the clip was cut
 from), ``question``, ``answer``, ``type[]``, ``category[]``, ``semantic``, ``structural``,
 ``reference`` "direct" or "indirect", ``program``, ``video_id``, ``question_id`` and
-``reasoning_type``: type, category, semantic and structural, joined by "$".
+``reasoning_type``: type, category, semantic and structural, joined by "$"; the published files
+append the reference.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from videodistill.data.files import read_json, stretches, to_json, write_whole
+from videodistill.data.entries import Broken, Entry, collect
+from videodistill.data.files import read_entries, stretches, to_json, write_whole
 from videodistill.data.record import Question, VideoInfo
 from videodistill.errors import UserError
 
 
-def read_egotaskqa(path: str | Path) -> list[Question]:
+def read_egotaskqa(path: str | Path, broken: list[Broken] | None = None) -> list[Question]:
     """The questions of one EgoTaskQA file, in its order.
 
     The video of a question is the clip "<interval>.mp4", as that dataset distributes them, unless
@@ -25,43 +27,35 @@ def read_egotaskqa(path: str | Path) -> list[Question]:
     ``family`` is the first of them. Two more keys that the dataset itself does not have are read
     where they exist: ``evidence`` and ``context``, lists of [start, end] in seconds.
 
+    Args:
+        path: The JSON file.
+        broken: Takes entries that cannot be read; without it the first one is raised.
+
     Raises:
-        UserError: The file or an entry is broken.
+        UserError: The file or an entry is broken, or two questions have the same id.
     """
-    path = Path(path)
-    entries = read_json(path, list)
-    return [_question(entry, f"{path}: entry {i}") for i, entry in enumerate(entries, start=1)]
+    return collect(read_entries(Path(path), broken), _question, broken)
 
 
-def _question(entry: Any, where: str) -> Question:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: not an object with question, answer, interval, ...")
-
-    def text(key: str) -> str:
-        value = entry.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: {key} must be a text that is not empty, not {value!r}")
-        return value.strip()
-
-    interval = text("interval")
+def _question(value: Any, where: str) -> Question:
+    entry = Entry(value, where)
+    interval = entry.text("interval")
     if len(interval.split("|")) != 4:
         raise UserError(f"{where}: interval {interval!r} is not of the form name|fpvX|start|end")
-    reference = entry.get("reference")
+    reference = value.get("reference")
     if reference not in (None, "direct", "indirect"):
         raise UserError(f"{where}: reference must be direct or indirect, not {reference!r}")
-    if not isinstance(entry.get("question_id"), int | str):
-        raise UserError(f"{where}: question_id must be a number or a text")
-    tags = tuple(text("reasoning_type").split("$"))
+    tags = tuple(entry.text("reasoning_type").split("$"))
     return Question(
-        question_id=str(entry["question_id"]),
-        video=text("video") if "video" in entry else f"{interval}.mp4",
-        question=text("question"),
-        answer=text("answer"),
+        question_id=entry.name("question_id"),
+        video=entry.text("video") if "video" in entry else f"{interval}.mp4",
+        question=entry.text("question"),
+        answer=entry.text("answer"),
         family=tags[0],
         reference=reference,
-        evidence=stretches(entry.get("evidence", ()), f"{where}: evidence"),
-        context=stretches(entry.get("context", ()), f"{where}: context"),
-        program=text("program") if entry.get("program") else None,
+        evidence=stretches(value.get("evidence", ()), f"{where}: evidence"),
+        context=stretches(value.get("context", ()), f"{where}: context"),
+        program=entry.text("program") if value.get("program") else None,
         tags=tags,
     )
 

@@ -7,12 +7,14 @@ import errno
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from videodistill.data.entries import Broken
 from videodistill.data.record import Stretch
 from videodistill.errors import UserError
 
@@ -72,10 +74,19 @@ def read_json(path: Path, kind: type[list] | type[dict]) -> Any:
     """The list or dict that a JSON file holds.
 
     Raises:
-        UserError: The file cannot be read, is not JSON (with the line), or holds another type.
+        UserError: The file cannot be read, is not JSON (with the line), gives a key twice in one
+            object, or holds another type.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise UserError(f"{path}: {key!r} is given twice in one object: drop one of them")
+        return value
+
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(read_text(path), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     if not isinstance(value, kind):
@@ -84,12 +95,57 @@ def read_json(path: Path, kind: type[list] | type[dict]) -> Any:
     return value
 
 
-def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(Line number, cells by column name) of each row of a csv file; cells are stripped.
+def read_entries(path: Path, broken: list[Broken] | None = None) -> Iterator[tuple[str, Any]]:
+    """(Where, value) of each entry of a JSON list, or of each line of a file named .jsonl.
+
+    Args:
+        path: The file.
+        broken: Takes lines that are not JSON; without it they are raised.
 
     Raises:
-        UserError: The file cannot be read, lacks one of ``columns``, or a row has too many or too
-            few cells.
+        UserError: The file cannot be read, or is not JSON.
+    """
+    if path.suffix != ".jsonl":
+        for number, value in enumerate(read_json(path, list), start=1):
+            yield f"{path}: entry {number}", value
+        return
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            message = f"{path}:{number}: not valid JSON ({error.msg})"
+            if broken is None:
+                raise UserError(message) from None
+            broken.append(Broken(message))
+            continue
+        yield f"{path}:{number}", value
+
+
+def number_in(where: str) -> str:
+    """The number of the entry or line that a place of `read_entries` names."""
+    return where.rpartition(":")[2].removeprefix(" entry ")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, stripped of surrounding white space."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
+def read_rows(
+    path: Path, columns: tuple[str, ...], broken: list[Broken] | None = None
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(Line number, cells by column name) of each row of a csv file; cells are stripped.
+
+    Args:
+        path: The file.
+        columns: Those that must be there.
+        broken: Takes rows with too many or too few cells; without it they are raised.
+
+    Raises:
+        UserError: The file cannot be read, is not csv, lacks one of ``columns``, or has a row with
+            too many or too few cells.
     """
     reader = csv.reader(io.StringIO(read_text(path)), strict=True)
     try:
@@ -101,10 +157,14 @@ def read_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise UserError(
+                message = (
                     f"{path}:{reader.line_num}: {len(cells)} cells where the first line names "
                     f"{len(header)} columns"
                 )
+                if broken is None:
+                    raise UserError(message)
+                broken.append(Broken(message))
+                continue
             yield reader.line_num, dict(zip(header, map(str.strip, cells), strict=True))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid csv ({error})") from None

@@ -10,13 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from videodistill.data.entries import Broken
 from videodistill.data.files import to_json, write_whole
 from videodistill.data.nextqa import read_nextqa, split_id
 from videodistill.data.record import Question, VideoInfo
 from videodistill.errors import UserError
 
 
-def read_nextgqa(path: str | Path, questions: str | Path | None = None) -> list[Question]:
+def read_nextgqa(
+    path: str | Path,
+    questions: str | Path | None = None,
+    video_map: str | Path | None = None,
+    broken: list[Broken] | None = None,
+) -> list[Question]:
     """The grounded questions of one split, in the order of its csv file.
 
     Args:
@@ -24,6 +30,7 @@ def read_nextgqa(path: str | Path, questions: str | Path | None = None) -> list[
         questions: The csv file of questions; by default the one beside ``path`` that belongs to
             it: "val.csv" beside "gsub_val.json" as published, "nextqa_mc.csv" beside
             "nextgqa.json" as `videodistill data make` writes them.
+        video_map, broken: As of `videodistill.data.nextqa.read_nextqa`.
 
     Raises:
         UserError: A file or an entry is broken or missing, or no question of the csv file has
@@ -31,7 +38,8 @@ def read_nextgqa(path: str | Path, questions: str | Path | None = None) -> list[
     """
     path = Path(path)
     questions = Path(questions) if questions is not None else _questions_beside(path)
-    grounded = [question for question in read_nextqa(questions, path) if question.evidence]
+    asked = read_nextqa(questions, path, video_map, broken=broken)
+    grounded = [question for question in asked if question.evidence]
     if not grounded:
         raise UserError(f"{path}: has no evidence for any question of {questions}")
     return grounded

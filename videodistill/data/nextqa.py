@@ -3,16 +3,22 @@
 Columns ``video,frame_count,width,height,question,answer,qid,type`` and, for multiple choice,
 ``a0`` to ``a4``, with the index of the right one as the answer. NExT-GQA's csv calls the first
 column ``video_id`` and gives the answer as text. ``qid`` counts the questions of one video.
+
+Two dialects are JSON lists (or lines) of multiple-choice questions: SeViLA's has ``video``
+("<folder>/<video>"), ``qid`` "<type>_<video>_<qid>" and ``a0`` to ``a4``; EffVideoQA's has
+``video_id``, ``qid``, ``type`` and ``options``.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from videodistill.data.files import read_json, read_rows, stretches, write_whole
+from videodistill.data.entries import Broken, Entry, collect, right_choice
+from videodistill.data.files import read_entries, read_json, read_rows, stretches, write_whole
 from videodistill.data.record import Question, Stretch, VideoInfo
 from videodistill.errors import UserError
 
@@ -24,76 +30,130 @@ Grounding = Mapping[tuple[str, str], tuple[Stretch, ...]]
 
 
 def read_nextqa(
-    path: str | Path, gsub: str | Path | None = None, video_map: str | Path | None = None
+    path: str | Path,
+    gsub: str | Path | None = None,
+    video_map: str | Path | None = None,
+    references: str | Path | None = None,
+    broken: list[Broken] | None = None,
 ) -> list[Question]:
-    """The questions of one NExT-QA or NExT-GQA csv file, in its order.
+    """The questions of one NExT-QA or NExT-GQA file, in its order.
 
     ``question_id`` is "<video>_<qid>", as in published predictions; ``family`` is the type as the
     file gives it (CW, CH, TN, TC, TP, DC, DL, DO, DB); ``choices`` is ``None`` when the file has
     no columns ``a0`` to ``a4``. Cells are stripped of surrounding white space.
 
     Args:
-        path: The csv file.
+        path: A csv file, or a .json or .jsonl file in one of the JSON dialects.
         gsub: NExT-GQA's JSON file of evidence, for questions that it grounds.
         video_map: The JSON file that maps a video to "<folder>/<video>"; without it the video
             file is "<video>.mp4".
+        references: NExT-QA's JSON file of further answers to open-ended questions,
+            ``{video: {qid: answer}}``; they become ``references``.
+        broken: Takes rows that cannot be read; without it the first one is raised.
 
     Raises:
-        UserError: A file or a row is broken.
+        UserError: A file or a row is broken, or two questions have the same id.
     """
     path = Path(path)
     grounding = read_grounding(gsub) if gsub is not None else {}
     folders = read_json(Path(video_map), dict) if video_map is not None else {}
-    questions: list[Question] = []
-    first_line: dict[str, int] = {}
-    for line, row in read_rows(path, ("question", "answer", "qid", "type")):
-        where = f"{path}:{line}"
-        video = row.get("video") or row.get("video_id")
-        if not video:
-            raise UserError(f"{where}: no video; a column video or video_id must name it")
-        for name in ("question", "answer", "qid", "type"):
-            if not row[name]:
-                raise UserError(f"{where}: {name} is empty")
-        question_id = f"{video}_{row['qid']}"
-        if question_id in first_line:
-            raise UserError(
-                f"{where}: question {row['qid']} of video {video} is on line "
-                f"{first_line[question_id]} already"
-            )
-        first_line[question_id] = line
-        answer, choices = row["answer"], None
-        if "a0" in row:
-            choices = _choices(row, where)
-            answer = _right_choice(answer, choices, as_text="video_id" in row, where=where)
-        questions.append(
-            Question(
-                question_id=question_id,
-                video=f"{folders.get(video, video)}.mp4",
-                question=row["question"],
-                answer=answer,
-                choices=choices,
-                family=row["type"],
-                evidence=grounding.get((video, row["qid"]), ()),
-            )
+    further = read_json(Path(references), dict) if references is not None else {}
+    as_json = path.suffix in (".json", ".jsonl")
+    fields = _fields_of_json if as_json else _fields_of_csv
+
+    def question(row: Any, where: str) -> Question:
+        folder, video, qid, kind, text, answer, choices = fields(row, where)
+        return Question(
+            question_id=f"{video}_{qid}",
+            video=f"{folders.get(video, folder + video)}.mp4",
+            question=text,
+            answer=answer,
+            choices=choices,
+            family=kind,
+            evidence=grounding.get((video, qid), ()),
+            references=_further_answers(further, video, qid, references),
         )
-    return questions
+
+    def csv_rows() -> Iterator[tuple[str, dict[str, str]]]:
+        for line, row in read_rows(path, ("question", "answer", "qid", "type"), broken):
+            yield f"{path}:{line}", row
+
+    rows = read_entries(path, broken) if as_json else csv_rows()
+    return collect(rows, question, broken, lambda row: isinstance(row, dict) and row.get("type"))
 
 
-def _choices(row: Mapping[str, str], where: str) -> tuple[str, ...]:
-    choices = tuple(row.get(name, "") for name in _CHOICES)
-    if not all(choices):
-        raise UserError(f"{where}: {_CHOICES[choices.index('')]} is empty")
-    return choices
+class _Fields(NamedTuple):
+    folder: str
+    """Of the video, with a slash at its end, or nothing."""
+    video: str
+    qid: str
+    kind: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] | None
 
 
-def _right_choice(answer: str, choices: tuple[str, ...], as_text: bool, where: str) -> str:
-    if as_text:
-        if answer not in choices:
-            raise UserError(f"{where}: answer {answer!r} is none of the choices {choices}")
-        return answer
-    if answer not in ("0", "1", "2", "3", "4"):
-        raise UserError(f"{where}: answer must be the index of a choice, 0 to 4, not {answer!r}")
+def _fields_of_csv(row: Mapping[str, str], where: str) -> _Fields:
+    video = row.get("video") or row.get("video_id")
+    if not video:
+        raise UserError(f"{where}: no video; a column video or video_id must name it")
+    for name in ("question", "answer", "qid", "type"):
+        if not row[name]:
+            raise UserError(f"{where}: {name} is empty")
+    answer, choices = row["answer"], None
+    if "a0" in row:
+        choices = tuple(row.get(name, "") for name in _CHOICES)
+        if not all(choices):
+            raise UserError(f"{where}: {_CHOICES[choices.index('')]} is empty")
+        if "video_id" in row:
+            if answer not in choices:
+                raise UserError(f"{where}: answer {answer!r} is none of the choices {choices}")
+        else:
+            answer = _by_index(answer, choices, where)
+    return _Fields("", video, row["qid"], row["type"], row["question"], answer, choices)
+
+
+def _fields_of_json(value: Any, where: str) -> _Fields:
+    entry = Entry(value, where)
+    if "options" in entry:
+        video, qid, kind = entry.name("video_id"), entry.name("qid"), entry.text("type")
+        choices = entry.texts("options")
+    else:
+        parts = entry.text("qid").split("_")
+        if len(parts) < 3 or not all(parts):
+            raise entry.error("qid", "of the form <type>_<video>_<qid>")
+        kind, qid = parts[0], parts[-1]
+        video = entry.text("video")
+        if video.rpartition("/")[2] != "_".join(parts[1:-1]):
+            raise entry.error("video", f"the one that qid {entry.text('qid')} names")
+        choices = tuple(entry.text(name) for name in _CHOICES[: entry.whole("num_option")])
+    answer = entry.name("answer")
+    if isinstance(value["answer"], int):
+        answer = _by_index(answer, choices, where)
+    folder, slash, video = video.rpartition("/")
+    text = entry.text("question")
+    return _Fields(
+        folder + slash, video, qid, kind, text, right_choice(answer, choices, where), choices
+    )
+
+
+def _by_index(answer: str, choices: tuple[str, ...], where: str) -> str:
+    if answer not in map(str, range(len(choices))):
+        last = len(choices) - 1
+        raise UserError(
+            f"{where}: answer must be the index of a choice, 0 to {last}, not {answer!r}"
+        )
     return choices[int(answer)]
+
+
+def _further_answers(
+    further: Mapping[str, Any], video: str, qid: str, path: str | Path | None
+) -> tuple[str, ...]:
+    answers = further.get(video, {})
+    answer = answers.get(qid, "") if isinstance(answers, dict) else None
+    if not isinstance(answer, str):
+        raise UserError(f"{path}: video {video}: question {qid}: not a text by video and qid")
+    return (answer.strip(),) if answer.strip() else ()
 
 
 def read_grounding(path: str | Path) -> Grounding:

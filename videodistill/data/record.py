@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Stretch = tuple[float, float]
 """Start and end in seconds from the first displayed frame of the video."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A stretch of a video file, as one of several to choose from."""
+
+    video: str
+    """Path of the video file relative to the dataset's video folder."""
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,20 @@ class Question:
     """Further stretches that one must see to know which stretch is the evidence."""
     program: str | None = None
     """The question as nested functions, where the dataset gives them."""
-    tags: tuple[str, ...] = field(default=())
+    tags: tuple[str, ...] = ()
     """Further labels of the dataset, e.g. EgoTaskQA's reasoning types."""
+    references: tuple[str, ...] = ()
+    """Further answers that are as right as ``answer``."""
+    clips: tuple[Clip, ...] = ()
+    """The clips to choose from where not texts but videos are chosen (EgoMCQ); ``choices`` are then
+    their numbers and ``video`` is the file of the first."""
+    direct_equivalent: str | None = None
+    """Id of the question that asks the same with direct references, where the dataset tells."""
+
+    @property
+    def videos(self) -> tuple[str, ...]:
+        """The files that one must see: ``video``, or those of all clips."""
+        return tuple(dict.fromkeys(clip.video for clip in self.clips)) or (self.video,)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from videodistill.data.egotaskqa import read_egotaskqa, write_egotaskqa
+from videodistill.data.entries import Broken
 from videodistill.data.record import Question, VideoInfo
 from videodistill.errors import UserError
 
@@ -114,3 +115,16 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
     path.write_text("[3]")
     with pytest.raises(UserError, match="entry 1: not an object"):
         read_egotaskqa(path)
+
+
+def test_broken_entries_are_collected_and_duplicates_are_an_error(tmp_path: Path) -> None:
+    broken: list[Broken] = []
+    path = write(tmp_path, 3, PUBLISHED, PUBLISHED | {"question_id": 205, "answer": ""})
+    assert [question.question_id for question in read_egotaskqa(path, broken)] == ["204"]
+    assert [entry.message.partition(": ")[2].partition(":")[0] for entry in broken] == [
+        "entry 1",
+        "entry 3",
+    ]
+    path = write(tmp_path, PUBLISHED, PUBLISHED)
+    with pytest.raises(UserError, match=r"entry 2: question id 204 is given at .*entry 1"):
+        read_egotaskqa(path, broken)
