@@ -13,7 +13,8 @@ from videodistill.data.procedural.questions import ANSWERS, CHOICES
 from videodistill.data.procedural.read import load_questions
 from videodistill.data.record import Question
 from videodistill.errors import UserError
-from videodistill.evaluation.blind import priors, question_only
+from videodistill.evaluation.blind import question_only
+from videodistill.evaluation.priors import priors
 
 if TYPE_CHECKING:
     from videodistill.encoders import ImageTextEncoder
@@ -53,7 +54,7 @@ def check_dataset(
     Returns:
         ``questions``: their number by split. ``families``: percent of the test questions by
         family. ``answers``: percent that the commonest answer has. ``priors``: see
-        :func:`~videodistill.evaluation.blind.priors`. ``question_only`` and ``one_frame``: percent
+        :func:`~videodistill.evaluation.priors.priors`. ``question_only`` and ``one_frame``: percent
         right of the two models, by family and over "all".
 
     Raises:

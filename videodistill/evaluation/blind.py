@@ -1,9 +1,9 @@
-"""Answering without the video: what a data set gives away through its questions alone."""
+"""A model trained without the video: what a data set gives away through its questions' words."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -11,35 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from videodistill.data.record import Question
-
-
-def priors(train: Sequence[Question], test: Sequence[Question]) -> dict[str, float]:
-    """Accuracy in percent of always guessing the commonest answer.
-
-    Returns:
-        "answer": the commonest of all training answers; "first_two_words": the commonest among
-        training questions that begin with the same two words (of all, where none does). Ties go
-        to the answer that comes first in the alphabet.
-    """
-
-    def commonest(questions: Sequence[Question]) -> str:
-        counted = Counter(question.answer for question in questions)
-        return min(counted, key=lambda answer: (-counted[answer], answer))
-
-    def start(question: Question) -> str:
-        return " ".join(question.question.lower().split()[:2])
-
-    groups: dict[str, list[Question]] = defaultdict(list)
-    for question in train:
-        groups[start(question)].append(question)
-    overall = commonest(train)
-    by_start = {words: commonest(group) for words, group in groups.items()}
-    return {
-        "answer": _percent([overall == question.answer for question in test]),
-        "first_two_words": _percent(
-            [by_start.get(start(question), overall) == question.answer for question in test]
-        ),
-    }
 
 
 def question_only(

@@ -26,7 +26,8 @@ from videodistill.data.procedural.read import load_questions
 from videodistill.data.procedural.world import DATA_VERSION
 from videodistill.encoders import ImageTextEncoder, load_encoder
 from videodistill.errors import UserError
-from videodistill.evaluation.blind import priors, question_only
+from videodistill.evaluation.blind import question_only
+from videodistill.evaluation.priors import priors
 from videodistill.model import VideoDistill
 from videodistill.training.card import model_card
 from videodistill.training.clip import ClipRecipe, train_clip

@@ -1,24 +1,15 @@
-"""Guessing from questions: priors by hand, and a model that finds what words give away."""
+"""Guessing from questions: a model finds what their words give away."""
 
 from __future__ import annotations
 
 import random
 
 from videodistill.data.record import Question
-from videodistill.evaluation.blind import priors, question_only
+from videodistill.evaluation.blind import question_only
 
 
 def asked(question: str, answer: str, family: str = "f") -> Question:
     return Question("0", "v.mp4", question, answer, family=family)
-
-
-def test_priors_by_hand():
-    train = [asked("how many rings?", "two")] * 3 + [asked("what colour is it?", "red")] * 2
-    train += [asked("what colour is that?", "blue"), asked("what colour?", "blue")]
-    test = [asked("how many stars?", "two"), asked("what colour now?", "blue")]
-    test += [asked("what colour then?", "red"), asked("is there a ring?", "two")]
-    # "blue" and "red" are equally frequent after "what colour": the alphabet decides.
-    assert priors(train, test) == {"answer": 50.0, "first_two_words": 75.0}
 
 
 def test_question_only_finds_what_words_give_away():
