@@ -38,7 +38,7 @@ _EXTRAS = {
     "train": "accelerate tensorboard",
 }
 _DATA_COMMANDS = "videodistill.data.commands"
-_TRAINING_COMMANDS = "videodistill.training.commands"
+_MORE_COMMANDS = ("videodistill.evaluation.commands", "videodistill.training.commands")
 _EPILOG = "--debug anywhere on the line shows tracebacks."
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -46,12 +46,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 class Commands(TyperGroup):
     """The commands, and the one place where errors become a line on stderr and an exit status.
 
-    `data` and the training commands come from their own packages, imported only when they are
-    asked for. `--debug` may stand anywhere before a "--": it shows tracebacks.
+    `data` and the commands of scoring and training come from their own packages, imported only when
+    they are asked for. `--debug` may stand anywhere before a "--": it shows tracebacks.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), "data", *_group(_TRAINING_COMMANDS).commands]
+        more = (name for module in _MORE_COMMANDS for name in _group(module).commands)
+        return [*super().list_commands(ctx), "data", *more]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
@@ -61,7 +62,8 @@ class Commands(TyperGroup):
             group = _group(_DATA_COMMANDS)
             group.name = cmd_name
             return group
-        return _group(_TRAINING_COMMANDS).commands.get(cmd_name)
+        groups = (_group(module).commands for module in _MORE_COMMANDS)
+        return next((group[cmd_name] for group in groups if cmd_name in group), None)
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
