@@ -36,7 +36,7 @@ def read_agqa(path: str | Path, broken: list[Broken] | None = None) -> list[Ques
         UserError: The file or an entry is broken.
     """
     path = Path(path)
-    entries = read_json(path, dict).items()
+    entries = read_json(path, dict, without="sg_grounding").items()
     rows = ((f"{path}: question {name}", (name, value)) for name, value in entries)
     return collect(rows, _question, broken, _family)
 

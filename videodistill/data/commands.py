@@ -149,6 +149,8 @@ def _print_summary(found: dict[str, Any]) -> None:
         shares = (prior["answer"], prior["first_two_words"], split["ceiling"])
         cells = [f"{split['questions']:>11}{split['videos']:>11}", *map(_cell, shares)]
         print(f"{name:16}" + "".join(cells))
+    if any(split["priors"] is None for name, split in splits.items() if not name.endswith("train")):
+        print("- where there is no training split or no answer to compare with")
     if found["vocabulary"]:
         source, size = found["vocabulary"]["source"], found["vocabulary"]["answers"]
         print(f"ceiling: answers among the {size} of {source}")

@@ -41,7 +41,7 @@ class Dataset:
     finder: Callable[[Path], dict[str, Path]] | None = None
     """Main files of a folder by split, where they do not follow ``files`` and ``splits``."""
     vocabulary: int | None = None
-    """How many of the commonest training answers are classes; ``None`` is all of them."""
+    """How many of the commonest training answers can be right; ``None`` where any answer can."""
 
     def find(self, path: str | Path) -> dict[str, Path]:
         """The main file of each split.

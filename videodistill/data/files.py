@@ -70,8 +70,13 @@ def to_json(value: list | dict) -> str:
     return "\n".join([brackets[0], ",\n".join(lines), brackets[1]]) + "\n"
 
 
-def read_json(path: Path, kind: type[list] | type[dict]) -> Any:
+def read_json(path: Path, kind: type[list] | type[dict], without: str = "") -> Any:
     """The list or dict that a JSON file holds.
+
+    Args:
+        path: The file.
+        kind: Which of the two.
+        without: A key to leave out of every object, for the sake of memory.
 
     Raises:
         UserError: The file cannot be read, is not JSON (with the line), gives a key twice in one
@@ -83,6 +88,7 @@ def read_json(path: Path, kind: type[list] | type[dict]) -> Any:
         if len(value) != len(pairs):
             key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise UserError(f"{path}: {key!r} is given twice in one object: drop one of them")
+        value.pop(without, None)
         return value
 
     try:

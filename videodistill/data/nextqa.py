@@ -126,6 +126,8 @@ def _fields_of_json(value: Any, where: str) -> _Fields:
         video = entry.text("video")
         if video.rpartition("/")[2] != "_".join(parts[1:-1]):
             raise entry.error("video", f"the one that qid {entry.text('qid')} names")
+        if not 2 <= entry.whole("num_option") <= len(_CHOICES):
+            raise entry.error("num_option", f"from 2 to {len(_CHOICES)}")
         choices = tuple(entry.text(name) for name in _CHOICES[: entry.whole("num_option")])
     answer = entry.name("answer")
     if isinstance(value["answer"], int):

@@ -33,12 +33,12 @@ def score_command(
         Path | None,
         typer.Option(
             help="Text file of answers that can be given, one per line.",
-            show_default="the commonest of the training split, where it is there",
+            show_default="the commonest of the training split, if the dataset is so scored",
         ),
     ] = None,
     evidence: Annotated[
         Path | None,
-        typer.Option(help="NExT-GQA: JSON file of predicted [start, end] by question id."),
+        typer.Option(help="NExT-GQA: JSON file of predicted stretches by question id."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -67,12 +67,12 @@ def score_command(
         stop_words, lexicon = read_lines(found[split].with_name("stopwords.txt")), WordNet()
     broken: list[Broken] = []
     questions = known.read(found[split], broken)
-    vocabulary, source = None, None
-    if not by_wups and any(question.choices is None for question in questions):
-        source = answers or known.training_file(split, path)
-        if answers is not None:
-            vocabulary = read_lines(answers)
-        elif source is not None:
+    vocabulary, source = None, answers
+    if answers is not None:
+        vocabulary = read_lines(answers)
+    elif known.vocabulary is not None:
+        source = known.training_file(split, path)
+        if source is not None:
             vocabulary = commonest_answers(known.read(source, []), known.vocabulary)
     scores = score(
         known.rule,
@@ -96,6 +96,8 @@ def score_command(
     _print(scores, "WUPS" if by_wups else "percent")
     if classes:
         print(f"right answers that are not among the {len(vocabulary)} of {source} count as wrong")
+    elif known.vocabulary is not None:
+        print("any answer may be right: there is no training split here; --answers limits them")
 
 
 def _with_evidence(given: dict[str, Prediction], path: Path) -> dict[str, Prediction]:

@@ -60,6 +60,16 @@ def test_the_same_twice(dataset: Path, encoder: Path) -> None:
     assert checked(dataset, encoder) == checked(dataset, encoder)
 
 
+def test_its_answers_are_scored_by_family_and_reference(dataset: Path, tmp_path: Path) -> None:
+    questions = check._open(dataset, "test")
+    answers = {question.question_id: question.answer for question in questions[:12]}
+    (tmp_path / "made.json").write_text(json.dumps(answers))
+    arguments = ["score", "procedural", str(dataset), str(tmp_path / "made.json"), "--json"]
+    told = json.loads(CliRunner().invoke(app, [*arguments, "--split", "test"]).stdout)
+    assert set(told["metrics"]) == {*FAMILIES, "direct", "indirect", "all"}
+    assert told["metrics"]["all"] == {"percent": 50.0, "questions": 24}
+
+
 def test_only_so_many_training_videos(dataset: Path) -> None:
     questions = check._open(dataset, "train")
     kept = check._about(questions, 2)

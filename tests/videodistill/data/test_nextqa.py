@@ -222,6 +222,7 @@ def test_an_id_that_ends_like_a_suffix_keeps_its_letters(tmp_path: Path) -> None
         (SEVILA | {"qid": "DC_6"}, "of the form <type>_<video>_<qid>"),
         (SEVILA | {"video": "1106/8"}, "the one that qid DC_7_6 names"),
         (SEVILA | {"a3": " "}, "a3 must be a text"),
+        (SEVILA | {"num_option": 6}, "num_option must be from 2 to 5"),
         (EFFVIDEOQA | {"options": ["one", ""]}, "options must be a list of texts"),
         (EFFVIDEOQA | {"answer": "six"}, "'six' is none of the choices"),
         (EFFVIDEOQA | {"question": None}, "question must be a text"),

@@ -78,6 +78,7 @@ def test_answers_that_training_lacks_are_wrong(tmp_path: Path) -> None:
     (folder / "train_qa.json").unlink()
     told = json.loads(run("msvd-qa", folder, predictions, "--json").stdout)
     assert told["metrics"]["all"]["percent"] == 100 and told["vocabulary"] is None
+    assert "any answer may be right" in run("msvd-qa", folder, predictions).stdout
 
 
 def test_evidence_from_a_file_of_its_own(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -82,3 +83,50 @@ def test_without_nltk_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"pip install nltk, then python -m nltk\.downloader") as e:
         WordNet()
     assert "\n" not in str(e.value)
+
+
+class _Sense:
+    def __init__(self, name: str):
+        self.name = name
+
+    def wup_similarity(self, other: _Sense) -> float | None:
+        return TAXONOMY.similarity(self.name, other.name) or None
+
+
+def _stand_in(tags: dict[str, str], missing: bool = False) -> dict[str, ModuleType]:
+    """Modules with the part of nltk that is used, over the taxonomy above."""
+    nltk, corpus, stem = (ModuleType(n) for n in ("nltk", "nltk.corpus", "nltk.stem"))
+
+    def word_tokenize(text: str) -> list[str]:
+        if missing:
+            raise LookupError("Resource punkt not found.")
+        return text.split()
+
+    nltk.word_tokenize = word_tokenize
+    nltk.pos_tag = lambda words: [(word, tags.get(word, "NN")) for word in words]
+    senses = {*_PARENTS, "run"}
+    corpus.wordnet = SimpleNamespace(
+        synsets=lambda word: [_Sense(word), _Sense("toy")] if word in senses else []
+    )
+    forms = {("dogs", "n"): "dog", ("ran", "v"): "run", ("puppies", "n"): "puppie"}
+    lemmatise = SimpleNamespace(lemmatize=lambda word, pos: forms.get((word, pos), word))
+    stem.WordNetLemmatizer = lambda: lemmatise
+    stem.PorterStemmer = lambda: SimpleNamespace(stem=lambda word: word.replace("pies", "py"))
+    return {"nltk": nltk, "nltk.corpus": corpus, "nltk.stem": stem}
+
+
+def test_wordnet_lemmas_and_first_senses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in _stand_in({"ran": "VBD", "Dogs": "NNS", "the": "DT"}).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    lexicon = WordNet()
+    # By part of speech; by stem, where the lemma is unknown; as it is, where both are.
+    assert lexicon.lemmas("the Dogs ran puppies") == ["the", "dog", "run", "puppy"]
+    assert lexicon.similarity("dog", "cat") == pytest.approx(4 / 6)
+    assert lexicon.similarity("dog", "the") == lexicon.similarity("run", "dog") == 0
+
+
+def test_without_its_data_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in _stand_in({}, missing=True).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(UserError, match=r"nltk lacks data .* nltk\.downloader wordnet"):
+        WordNet()
