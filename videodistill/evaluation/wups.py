@@ -20,7 +20,10 @@ class Lexicon(Protocol):
         """The words of a text, each in its basic form."""
 
     def similarity(self, one: str, other: str) -> float:
-        """Wu-Palmer similarity of two words' first senses, from 0 to 1; 0 for unknown words."""
+        """Wu-Palmer similarity of two words' first senses, from 0 to 1; 0 for unknown words.
+
+        It need not be symmetric.
+        """
 
 
 def content_words(text: str, lexicon: Lexicon, stop_words: Collection[str]) -> list[str]:
@@ -88,11 +91,18 @@ class WordNet:
         return word
 
     def similarity(self, one: str, other: str) -> float:
-        """Of the first senses that WordNet lists."""
+        """Of the first senses that WordNet lists, as nltk had it when NExT-QA was published.
+
+        A root above all taxonomies is there for a verb as the first word, never for others; later
+        versions of nltk add it for either word, which lowers the scores by a point.
+        """
         if (one, other) not in self._known:
             first, second = self._wordnet.synsets(one), self._wordnet.synsets(other)
-            both = bool(first and second)
-            self._known[one, other] = (both and first[0].wup_similarity(second[0])) or 0.0
+            value = None
+            if first and second:
+                root = first[0].pos() == "v"
+                value = first[0].wup_similarity(second[0], simulate_root=root)
+            self._known[one, other] = value or 0.0
         return self._known[one, other]
 
 

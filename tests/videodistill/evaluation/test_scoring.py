@@ -10,10 +10,12 @@ import pytest
 from tests.videodistill.evaluation.test_wups import TAXONOMY
 from videodistill.data.datasets import get_dataset
 from videodistill.data.entries import Broken
+from videodistill.data.files import read_lines
 from videodistill.data.record import Question
 from videodistill.errors import UserError
 from videodistill.evaluation.predictions import Prediction, read_predictions
 from videodistill.evaluation.scoring import best_overlap, score
+from videodistill.evaluation.wups import WordNet
 
 CHOICES = ("a", "b", "c", "d", "e")
 
@@ -305,6 +307,21 @@ def test_nextgqa_on_real_evidence(shared_data: Path) -> None:
     half = dict(list(perfect.items())[::2])
     found = percents(dataset.rule, questions, half)
     assert {found[name] for name in ("Acc@GQA", "mIoP", "mIoU", "IoU@0.5", "all")} == {50.0}
+
+
+def test_published_open_ended_predictions_of_hga(shared_data: Path) -> None:
+    try:
+        lexicon = WordNet()
+    except UserError as missing:
+        pytest.skip(str(missing))
+    folder = shared_data / "annotations" / "nextqa_oe"
+    dataset = get_dataset("nextqa-oe")
+    predictions = read_predictions(folder / "HGA-same-att-qns23ans7-val-example.json")
+    options = {"lexicon": lexicon, "stop_words": read_lines(folder / "stopwords.txt")}
+    metrics = score(dataset.rule, dataset.read(folder / "val.csv"), predictions, **options).metrics
+    # A few lemmas depend on the tagger's version.
+    for group, published in {"C": 14.76, "T": 14.90, "D": 46.60, "all": 21.48}.items():
+        assert metrics[group].percent == pytest.approx(published, abs=0.2)
 
 
 def test_nextqa_open_ended() -> None:
