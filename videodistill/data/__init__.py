@@ -1,4 +1,4 @@
-"""Datasets: one module for each dialect of annotation files, and the procedural benchmark.
+"""Datasets: one module for each, the registry `datasets`, and the procedural benchmark.
 
 Every reader gives a list of `videodistill.data.record.Question`.
 """

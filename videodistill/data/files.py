@@ -70,7 +70,7 @@ def to_json(value: list | dict) -> str:
     return "\n".join([brackets[0], ",\n".join(lines), brackets[1]]) + "\n"
 
 
-def read_json(path: Path, kind: type[list] | type[dict], without: str = "") -> Any:
+def read_json(path: Path, kind: type[list] | type[dict], without: str | None = None) -> Any:
     """The list or dict that a JSON file holds.
 
     Args:

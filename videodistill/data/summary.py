@@ -9,11 +9,9 @@ from typing import Any
 
 from videodistill.data.datasets import Dataset
 from videodistill.data.entries import Broken
-from videodistill.data.files import read_lines
 from videodistill.data.record import Question
 from videodistill.data.videos import find_videos
-from videodistill.data.vocabulary import ceiling, commonest_answers
-from videodistill.errors import UserError
+from videodistill.data.vocabulary import ceiling, commonest_answers, read_vocabulary
 from videodistill.evaluation.priors import priors
 
 
@@ -51,9 +49,7 @@ def summarise(
     for split, file in found.items():
         broken[split] = []
         splits[split] = dataset.read(file, broken[split])
-    given = read_lines(Path(answers)) if answers is not None else None
-    if given == []:
-        raise UserError(f"{answers}: holds no answer; write one on each line")
+    given = read_vocabulary(answers) if answers is not None else None
     training: dict[Path, list[Question]] = {file: splits[split] for split, file in found.items()}
     report: dict[str, Any] = {"dataset": dataset.name, "splits": {}, "vocabulary": None}
     for split, questions in splits.items():

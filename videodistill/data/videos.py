@@ -30,7 +30,12 @@ def find_videos(folder: str | Path, names: Iterable[str]) -> dict[str, Path | No
         raise UserError(f"{folder}: no such folder; give the one that holds the videos")
     by_path: dict[str, str] = {}
     by_stem: dict[str, list[str]] = {}
+    seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
         folders.sort()
         for name in sorted(files):
             if Path(name).suffix.lower() in SUFFIXES:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
+from videodistill.data.files import read_lines
 from videodistill.data.record import Question
+from videodistill.errors import UserError
 
 
 def commonest_answers(questions: Iterable[Question], size: int | None = None) -> list[str]:
@@ -17,6 +20,18 @@ def commonest_answers(questions: Iterable[Question], size: int | None = None) ->
     """
     counted = Counter(question.answer for question in questions if question.answer is not None)
     return sorted(counted, key=lambda answer: (-counted[answer], answer))[:size]
+
+
+def read_vocabulary(path: str | Path) -> list[str]:
+    """The answers in a text file, one on each line.
+
+    Raises:
+        UserError: The file cannot be read, or holds no answer.
+    """
+    answers = read_lines(Path(path))
+    if not answers:
+        raise UserError(f"{path}: holds no answer; write one on each line")
+    return answers
 
 
 def ceiling(questions: Iterable[Question], vocabulary: Collection[str]) -> float:

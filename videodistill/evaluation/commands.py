@@ -49,9 +49,12 @@ def score_command(
     """
     from videodistill.data.datasets import get_dataset
     from videodistill.data.files import read_lines
-    from videodistill.data.vocabulary import commonest_answers
+    from videodistill.data.vocabulary import ceiling, commonest_answers, read_vocabulary
 
     known = get_dataset(dataset)
+    by_wups = RULES[known.rule].by_wups
+    if evidence is not None and known.rule != "nextgqa":
+        raise UserError(f"--evidence is only for nextgqa, not for {dataset}: drop it")
     found = known.find(path)
     if split is None and len(found) == 1:
         split = next(iter(found))
@@ -61,7 +64,6 @@ def score_command(
     given = read_predictions(predictions)
     if evidence is not None:
         given = _with_evidence(given, evidence)
-    by_wups = RULES[known.rule].by_wups
     stop_words = lexicon = None
     if by_wups:
         stop_words, lexicon = read_lines(found[split].with_name("stopwords.txt")), WordNet()
@@ -69,7 +71,11 @@ def score_command(
     questions = known.read(found[split], broken)
     vocabulary, source = None, answers
     if answers is not None:
-        vocabulary = read_lines(answers)
+        if by_wups or all(question.choices is not None for question in questions):
+            raise UserError(
+                "--answers is only for open-ended questions that are classified: drop it"
+            )
+        vocabulary = read_vocabulary(answers)
     elif known.vocabulary is not None:
         source = known.training_file(split, path)
         if source is not None:
@@ -83,7 +89,10 @@ def score_command(
         lexicon=lexicon,
         stop_words=stop_words or (),
     )
-    classes = {"source": str(source), "answers": len(vocabulary)} if vocabulary else None
+    classes = None
+    if vocabulary:
+        share = ceiling(questions, vocabulary)
+        classes = {"source": str(source), "answers": len(vocabulary), "ceiling": share}
     if as_json:
         told = asdict(scores) | {
             "dataset": dataset,
@@ -95,7 +104,10 @@ def score_command(
         return
     _print(scores, "WUPS" if by_wups else "percent")
     if classes:
-        print(f"right answers that are not among the {len(vocabulary)} of {source} count as wrong")
+        print(
+            f"ceiling: {share:.1f}%; right answers that are not among the {len(vocabulary)} of "
+            f"{source} count as wrong"
+        )
     elif known.vocabulary is not None:
         print("any answer may be right: there is no training split here; --answers limits them")
 

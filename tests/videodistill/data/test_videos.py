@@ -38,6 +38,16 @@ def test_names_that_look_like_options_and_suffixes(tmp_path: Path) -> None:
     assert found["-mp4.pm4.mp4"] == tmp_path / "-mp4.pm4.mkv"
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.mp4").write_bytes(b"")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(folder)
+    assert find_videos(folder, ["a.mp4"]) == {"a.mp4": folder / "link" / "a.mp4"}
+
+
 def test_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none: no such folder"):
         find_videos(tmp_path / "none", [])

@@ -69,12 +69,17 @@ def test_answers_that_training_lacks_are_wrong(tmp_path: Path) -> None:
     predictions = made(tmp_path, {"0": "man", "1": "dog"})
     result = run("msvd-qa", folder, predictions, "--split", "test")
     assert "all                              2     50.00" in result.stdout
+    assert "\nceiling: 50.0%; right answers" in result.stdout
     assert f"not among the 1 of {folder / 'train_qa.json'} count as wrong" in result.stdout
     (tmp_path / "answers.txt").write_text("man\ndog\n")
     options = ("--split", "test", "--answers", tmp_path / "answers.txt", "--json")
     told = json.loads(run("msvd-qa", folder, predictions, *options).stdout)
     assert told["metrics"]["all"]["percent"] == 100
-    assert told["vocabulary"] == {"source": str(tmp_path / "answers.txt"), "answers": 2}
+    assert told["vocabulary"] == {
+        "source": str(tmp_path / "answers.txt"),
+        "answers": 2,
+        "ceiling": 100.0,
+    }
     (folder / "train_qa.json").unlink()
     told = json.loads(run("msvd-qa", folder, predictions, "--json").stdout)
     assert told["metrics"]["all"]["percent"] == 100 and told["vocabulary"] is None
@@ -119,3 +124,6 @@ def test_bad_arguments_are_one_line(tmp_path: Path) -> None:
     refused(run("nextqa-mc", folder / "train.csv", tmp_path / "none"), "none: No such file")
     refused(run("nextqa-mc", folder / "train.csv", made(tmp_path, {"x": 1})), "another split?")
     refused(run("star", folder, predictions), "no file of STAR there")
+    one = (folder / "train.csv", predictions)
+    refused(run("nextqa-mc", *one, "--answers", predictions), "--answers is only for open-ended")
+    refused(run("nextqa-mc", *one, "--evidence", predictions), "--evidence is only for nextgqa")
