@@ -120,7 +120,7 @@ def _fields_of_json(value: Any, where: str) -> _Fields:
         choices = entry.texts("options")
     else:
         parts = entry.text("qid").split("_")
-        if len(parts) < 3 or not all(parts):
+        if len(parts) < 3 or not (parts[0] and parts[-1]):
             raise entry.error("qid", "of the form <type>_<video>_<qid>")
         kind, qid = parts[0], parts[-1]
         video = entry.text("video")
