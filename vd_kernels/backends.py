@@ -28,6 +28,8 @@ from vd_kernels._version import __version__
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 LARGEST_HEAD = 256
 """Elements of one head that Triton kernels take at most: a head lies on chip as a whole."""
+MOST_HEADS = 2**31 - 1
+"""Heads of all tokens together that Triton kernels take at most: grids are no longer."""
 _BUILD_RECORD = Path(__file__).with_name("_build_info.json")
 _CPU_KERNELS = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
@@ -173,6 +175,8 @@ def _triton_refuses(tensor: Tensor, heads: Sequence[Tensor | None], forced: bool
     for x in heads:
         if x is not None and x.shape[-1] > LARGEST_HEAD:
             return f"it takes heads of up to {LARGEST_HEAD} elements, got {x.shape[-1]}"
+        if x is not None and x.numel() > MOST_HEADS * x.shape[-1]:
+            return f"it takes up to 2^31 - 1 heads of tokens, got {x.numel() // x.shape[-1]}"
     return _too_old(tensor.device.index) if tensor.is_cuda else ""
 
 

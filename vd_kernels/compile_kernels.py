@@ -29,6 +29,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from vd_kernels import _triton
 from vd_kernels.language_gate import triton_kernels as language_gate
+from vd_kernels.spacetime_attention import triton_kernels as spacetime_attention
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -110,6 +111,52 @@ def gate_case(form: str, dtype: torch.dtype, width: int, tokens: int) -> Case:
     return Case("language_gate", form, dtype, f"M{tokens} D{width}", run)
 
 
+ATTENTION_FORMS = (
+    "time",
+    "time gate",
+    "time causal mask prefix channels",
+    "space gate prefix",
+    "space window mask shared",
+    "joint window mask prefix channels",
+)
+"""Of spacetime_attention: its axis and what is given. "gate": one for each token and head;
+"channels": one for each of its channels; "shared": channels' gates that all tokens share."""
+LENGTHS = (16, 32, 49, 197)
+"""Prefix and tokens of a group: a whole sequence of each size, and one that is tiled."""
+
+
+def attention_case(form: str, dtype: torch.dtype, width: int, length: int) -> Case:
+    axis, *given = form.split()
+    sizes = {"time": (length, 50), "space": (16, length), "joint": (1, length)}[axis]
+    tokens = [2, *sizes, 3, width]
+    if "prefix" in given:
+        tokens[1 if axis == "time" else 2] -= 1
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def run() -> None:
+        tensor, grid, window = make(*tokens), None, None
+        if "window" in given:
+            grid = (tokens[2], 1)
+            window = (1,) if axis == "time" else (1, 1, 1)
+        groups = {"time": tokens[2], "space": tokens[1], "joint": 1}[axis]
+        prefix = make(2, groups, 1, 3, width) if "prefix" in given else None
+        gate = None
+        for word, shape in (("gate", (*tokens[:4], 1)), ("channels", tokens), ("shared", [width])):
+            gate = make(*shape, dtype=torch.float32) if word in given else gate
+        mask = make(*tokens[:3], dtype=torch.bool) if "mask" in given else None
+        shared = (
+            *(tensor, tensor, tensor, axis, window, grid, "causal" in given, mask),
+            *(prefix, prefix, prefix, gate, 0.1),
+        )
+        _, prefix_out = spacetime_attention.forward(*shared)
+        needs = [True] * 3 + [prefix is not None] * 3 + [gate is not None]
+        spacetime_attention.backward(tensor, prefix_out, *shared, needs)
+
+    return Case("spacetime_attention", form, dtype, f"N{length} D{width}", run)
+
+
 def covering() -> Iterator[Case]:
     """Few cases in which each form, dtype, size of a head and tile of tokens occurs."""
     yield gate_case("softmax", torch.bfloat16, 64, 32)
@@ -119,10 +166,19 @@ def covering() -> Iterator[Case]:
     yield gate_case("softmax", torch.float32, 128, 128)
     yield gate_case("channel", torch.float16, 96, 200)
     yield gate_case("channel alone", torch.float32, 32, 32)
+    yield attention_case("time", torch.bfloat16, 64, 16)
+    yield attention_case("time gate", torch.bfloat16, 64, 16)
+    yield attention_case("time causal mask prefix channels", torch.float16, 40, 32)
+    yield attention_case("space window mask shared", torch.float32, 96, 49)
+    yield attention_case("space gate prefix", torch.bfloat16, 64, 197)
+    yield attention_case("joint window mask prefix channels", torch.float32, 128, 197)
 
 
 def every() -> Iterator[Case]:
     yield from itertools.starmap(gate_case, itertools.product(FORMS, DTYPES, WIDTHS, TOKENS))
+    yield from itertools.starmap(
+        attention_case, itertools.product(ATTENTION_FORMS, DTYPES, WIDTHS, LENGTHS)
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,8 +198,15 @@ def source(launch: _triton.Launch) -> tuple[ASTSource, dict[str, object]]:
             signature[name] = f"*{_TYPES[x.dtype]}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if isinstance(x, int) else "fp32"
+            signature[name] = _number(x)
     return ASTSource(kernel, signature, constants, attributes), given
+
+
+def _number(x: int | float | tuple) -> str | tuple:
+    """The type of a number, or those of a tuple of them."""
+    if isinstance(x, tuple):
+        return tuple(map(_number, x))
+    return "i32" if isinstance(x, int) else "fp32"
 
 
 def launched(case: Case, arch: str) -> list[_triton.Launch]:

@@ -486,6 +486,12 @@ def _attention_checks(backend: str, device: str, dtypes: Sequence[torch.dtype]) 
         yield check("window", dtype, odd[2], "time", window=1)
         yield check("window", dtype, odd[3], "space", window=(0, 1, 1), **grid)
         yield check("window", dtype, odd[3], "joint", window=(1, 0, 2), mask=3, **grid)
+        far = {"mask": 3, "prefix": 2}  # reaches over several tiles, not all of them
+        yield check("far", dtype, (1, 75, 2, 1, 8), "time", causal=True, window=20, **far)
+        near = {"window": (1, 1, 2), "grid": (15, 5)}
+        yield check("far", dtype, (1, 2, 75, 1, 8), "space", **near, **far)
+        near = {"window": (1, 1, 2), "grid": (3, 5)}
+        yield check("far", dtype, (1, 6, 15, 1, 8), "joint", **near, **far, prefix_queries=False)
         for axis in ("time", "space", "joint"):
             for kept in ((1, 1, 1, 1, 0), (1, 0, 1, 1, 1), (0, 0, 0, 1, 1), (1, 1, 1, 1, 1)):
                 name = "gate-" + "".join(map(str, kept))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vd_kernels import _library, backends
+from vd_kernels import _library
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -97,7 +97,7 @@ def spacetime_attention(
         run = torch.ops.vd.spacetime_attention.default
     else:
         check_once(_check, (query, key, value, key_mask, gate, *prefixes), settings)
-        run = backends.choose("spacetime_attention", op.FORWARD, query)
+        run = op.choose(op.FORWARD, query)
     if axis == "time" and window is not None:
         window = (window,)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

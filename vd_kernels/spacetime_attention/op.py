@@ -114,13 +114,39 @@ def _forward_reference(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor |
     return out.contiguous(), prefix_out if prefix_out is None else prefix_out.contiguous()
 
 
-FORWARD: dict[str, Callable] = {"cpp": _forward_cpp, "reference": _forward_reference}
-BACKWARD: dict[str, Callable] = {"cpp": _backward_cpp, "reference": reference.backward}
+# Triton is imported when it is first used.
+def _forward_triton(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    from vd_kernels.spacetime_attention import triton_kernels
+
+    return triton_kernels.forward(*arguments)
+
+
+def _backward_triton(*arguments: Any) -> tuple[Tensor | None, ...]:
+    from vd_kernels.spacetime_attention import triton_kernels
+
+    return triton_kernels.backward(*arguments)
+
+
+FORWARD: dict[str, Callable] = {
+    "cpp": _forward_cpp,
+    "triton": _forward_triton,
+    "reference": _forward_reference,
+}
+BACKWARD: dict[str, Callable] = {
+    "cpp": _backward_cpp,
+    "triton": _backward_triton,
+    "reference": reference.backward,
+}
 """By backend, the fastest first."""
 
 
+def choose(table: dict[str, Callable], query: Tensor) -> Callable:
+    """The function of FORWARD or BACKWARD that is to run now."""
+    return backends.choose("spacetime_attention", table, query, (query,))
+
+
 def _forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    run = backends.choose("spacetime_attention", FORWARD, query)
+    run = choose(FORWARD, query)
     out, prefix_out = run(query, *arguments)
     return out, query.new_empty(0) if prefix_out is None else prefix_out
 
@@ -149,7 +175,7 @@ def _fake(
 def _backward(
     grad_out: Tensor | None, grad_prefix_out: Tensor | None, query: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    run = backends.choose("spacetime_attention", BACKWARD, query)
+    run = choose(BACKWARD, query)
     grads = run(grad_out, grad_prefix_out, query, *arguments)
     return tuple(query.new_empty(0) if g is None else g.contiguous() for g in grads)
 
