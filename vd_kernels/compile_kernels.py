@@ -198,15 +198,8 @@ def source(launch: _triton.Launch) -> tuple[ASTSource, dict[str, object]]:
             signature[name] = f"*{_TYPES[x.dtype]}"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = _number(x)
+            signature[name] = "i32" if isinstance(x, int) else "fp32"
     return ASTSource(kernel, signature, constants, attributes), given
-
-
-def _number(x: int | float | tuple) -> str | tuple:
-    """The type of a number, or those of a tuple of them."""
-    if isinstance(x, tuple):
-        return tuple(map(_number, x))
-    return "i32" if isinstance(x, int) else "fp32"
 
 
 def launched(case: Case, arch: str) -> list[_triton.Launch]:

@@ -152,9 +152,11 @@ def _near(i, j, shape, reach, AXIS: tl.constexpr):
     step, back, ahead, columns, rows_away, columns_away = reach
     _, _, _, _, P = shape
     n, m = i - P, j - P
-    behind = n // step - m // step
-    near = (behind <= back) & (-behind <= ahead)
-    if AXIS != "time":
+    if AXIS == "time":  # step is 1
+        near = (n - m <= back) & (m - n <= ahead)
+    else:
+        behind = n // step - m // step
+        near = (behind <= back) & (-behind <= ahead)
         n, m = n % step, m % step
         near = near & (tl.abs(n // columns - m // columns) <= rows_away)
         near = near & (tl.abs(n % columns - m % columns) <= columns_away)
@@ -329,29 +331,53 @@ def _attend(
 
 
 _SIZES = [
-    *("query_steps", "key_steps", "value_steps"),
-    *("prefix_query_steps", "prefix_key_steps", "prefix_value_steps"),
-    *("grad_out_steps", "grad_prefix_out_steps", "mask_steps", "gate_steps", "shape", "reach"),
+    *("query_b", "query_t", "query_s", "query_h", "key_b", "key_t", "key_s", "key_h"),
+    *("value_b", "value_t", "value_s", "value_h"),
+    *("prefix_query_b", "prefix_query_g", "prefix_query_p", "prefix_query_h"),
+    *("prefix_key_b", "prefix_key_g", "prefix_key_p", "prefix_key_h"),
+    *("prefix_value_b", "prefix_value_g", "prefix_value_p", "prefix_value_h"),
+    *("grad_out_b", "grad_out_t", "grad_out_s", "grad_out_h"),
+    *("grad_prefix_out_b", "grad_prefix_out_g", "grad_prefix_out_p", "grad_prefix_out_h"),
+    *("mask_b", "mask_t", "mask_s", "gate_b", "gate_t", "gate_s", "gate_h"),
+    *("L", "G", "S", "H", "P", "step", "back", "ahead", "columns", "rows_away", "columns_away"),
 ]
 """Not specialised on: one compilation serves all lengths. D is a constant of a model."""
 
 
 # ---------------------------------------------------------------------------------------------
-# Kernels. x_steps are the strides of x. What is None was not given, or is not wanted.
+# Kernels. What is None was not given, or is not wanted. Sizes come one by one: Triton would
+# specialise on those in a tuple.
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def short_forward_kernel(
     query, key, value, prefix_query, prefix_key, prefix_value, key_mask, gate, out, prefix_out,
-    query_steps, key_steps, value_steps, prefix_query_steps, prefix_key_steps, prefix_value_steps,
-    mask_steps, gate_steps, shape, reach, scale,
+    query_b, query_t, query_s, query_h, key_b, key_t, key_s, key_h,
+    value_b, value_t, value_s, value_h,
+    prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h,
+    prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h,
+    prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h,
+    mask_b, mask_t, mask_s, gate_b, gate_t, gate_s, gate_h,
+    L, G, S, H, P, step, back, ahead, columns, rows_away, columns_away, scale,
     D: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, GATE_UNIT: tl.constexpr,
     AXIS: tl.constexpr, LIMITED: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    queries = query, query_steps, prefix_query, prefix_query_steps
-    keys = key, key_steps, prefix_key, prefix_key_steps
-    values = value, value_steps, prefix_value, prefix_value_steps
+    queries = (
+        query, (query_b, query_t, query_s, query_h),
+        prefix_query, (prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h),
+    )  # fmt: skip
+    keys = (
+        key, (key_b, key_t, key_s, key_h),
+        prefix_key, (prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h),
+    )  # fmt: skip
+    values = (
+        value, (value_b, value_t, value_s, value_h),
+        prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
+    )  # fmt: skip
+    mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
+    shape = L, G, S, H, P
+    reach = step, back, ahead, columns, rows_away, columns_away
     sequence, i, _, asks, real = _whole(
         key_mask, mask_steps, shape, prefix_query is not None, AXIS, TILES, ROWS
     )
@@ -374,19 +400,41 @@ def short_backward_kernel(
     key_mask, gate,
     grad_query, grad_key, grad_value, prefix_query_sums, prefix_key_sums, prefix_value_sums,
     gate_sums,
-    grad_out_steps, grad_prefix_out_steps,
-    query_steps, key_steps, value_steps, prefix_query_steps, prefix_key_steps, prefix_value_steps,
-    mask_steps, gate_steps, shape, reach, scale,
+    grad_out_b, grad_out_t, grad_out_s, grad_out_h,
+    grad_prefix_out_b, grad_prefix_out_g, grad_prefix_out_p, grad_prefix_out_h,
+    query_b, query_t, query_s, query_h, key_b, key_t, key_s, key_h,
+    value_b, value_t, value_s, value_h,
+    prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h,
+    prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h,
+    prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h,
+    mask_b, mask_t, mask_s, gate_b, gate_t, gate_s, gate_h,
+    L, G, S, H, P, step, back, ahead, columns, rows_away, columns_away, scale,
     D: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, GATE_UNIT: tl.constexpr,
     AXIS: tl.constexpr, LIMITED: tl.constexpr, COLLAPSED: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     GRAD_OPERAND: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    grads = grad_out, grad_out_steps, grad_prefix_out, grad_prefix_out_steps
-    queries = query, query_steps, prefix_query, prefix_query_steps
-    keys = key, key_steps, prefix_key, prefix_key_steps
-    values = value, value_steps, prefix_value, prefix_value_steps
+    grads = (
+        grad_out, (grad_out_b, grad_out_t, grad_out_s, grad_out_h),
+        grad_prefix_out,
+        (grad_prefix_out_b, grad_prefix_out_g, grad_prefix_out_p, grad_prefix_out_h),
+    )  # fmt: skip
+    queries = (
+        query, (query_b, query_t, query_s, query_h),
+        prefix_query, (prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h),
+    )  # fmt: skip
+    keys = (
+        key, (key_b, key_t, key_s, key_h),
+        prefix_key, (prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h),
+    )  # fmt: skip
+    values = (
+        value, (value_b, value_t, value_s, value_h),
+        prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
+    )  # fmt: skip
+    mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
+    shape = L, G, S, H, P
+    reach = step, back, ahead, columns, rows_away, columns_away
     sequence, i, inside, asks, real = _whole(
         key_mask, mask_steps, shape, prefix_query is not None, AXIS, TILES, ROWS
     )
@@ -420,15 +468,32 @@ def short_backward_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     query, key, value, prefix_query, prefix_key, prefix_value, key_mask, gate, out, prefix_out,
-    query_steps, key_steps, value_steps, prefix_query_steps, prefix_key_steps, prefix_value_steps,
-    mask_steps, gate_steps, shape, reach, scale,
+    query_b, query_t, query_s, query_h, key_b, key_t, key_s, key_h,
+    value_b, value_t, value_s, value_h,
+    prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h,
+    prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h,
+    prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h,
+    mask_b, mask_t, mask_s, gate_b, gate_t, gate_s, gate_h,
+    L, G, S, H, P, step, back, ahead, columns, rows_away, columns_away, scale,
     D: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, GATE_UNIT: tl.constexpr,
     AXIS: tl.constexpr, LIMITED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    queries = query, query_steps, prefix_query, prefix_query_steps
-    keys = key, key_steps, prefix_key, prefix_key_steps
-    values = value, value_steps, prefix_value, prefix_value_steps
+    queries = (
+        query, (query_b, query_t, query_s, query_h),
+        prefix_query, (prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h),
+    )  # fmt: skip
+    keys = (
+        key, (key_b, key_t, key_s, key_h),
+        prefix_key, (prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h),
+    )  # fmt: skip
+    values = (
+        value, (value_b, value_t, value_s, value_h),
+        prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
+    )  # fmt: skip
+    mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
+    shape = L, G, S, H, P
+    reach = step, back, ahead, columns, rows_away, columns_away
     sequence, _, first, i, asks = _block(shape, prefix_query is not None, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
     q = _rows(queries, sequence, shape, i, asks, d, D, UNIT, AXIS)
@@ -447,9 +512,15 @@ def forward_kernel(
 def backward_query_kernel(
     grad_out, grad_prefix_out, query, key, value, prefix_query, prefix_key, prefix_value,
     key_mask, gate, grad_query, prefix_query_sums, gate_sums, levels, means,
-    grad_out_steps, grad_prefix_out_steps,
-    query_steps, key_steps, value_steps, prefix_query_steps, prefix_key_steps, prefix_value_steps,
-    mask_steps, gate_steps, shape, reach, scale,
+    grad_out_b, grad_out_t, grad_out_s, grad_out_h,
+    grad_prefix_out_b, grad_prefix_out_g, grad_prefix_out_p, grad_prefix_out_h,
+    query_b, query_t, query_s, query_h, key_b, key_t, key_s, key_h,
+    value_b, value_t, value_s, value_h,
+    prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h,
+    prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h,
+    prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h,
+    mask_b, mask_t, mask_s, gate_b, gate_t, gate_s, gate_h,
+    L, G, S, H, P, step, back, ahead, columns, rows_away, columns_away, scale,
     D: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, GATE_UNIT: tl.constexpr,
     AXIS: tl.constexpr, LIMITED: tl.constexpr, COLLAPSED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -457,11 +528,26 @@ def backward_query_kernel(
     GRAD_OPERAND: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and gates, and for each query log2 Σ_j exp s_j and Σ_j p_j dL/dp_j."""
-    grads = grad_out, grad_out_steps, grad_prefix_out, grad_prefix_out_steps
-    queries = query, query_steps, prefix_query, prefix_query_steps
-    keys = key, key_steps, prefix_key, prefix_key_steps
-    values = value, value_steps, prefix_value, prefix_value_steps
-    step, back, ahead, _, _, _ = reach
+    grads = (
+        grad_out, (grad_out_b, grad_out_t, grad_out_s, grad_out_h),
+        grad_prefix_out,
+        (grad_prefix_out_b, grad_prefix_out_g, grad_prefix_out_p, grad_prefix_out_h),
+    )  # fmt: skip
+    queries = (
+        query, (query_b, query_t, query_s, query_h),
+        prefix_query, (prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h),
+    )  # fmt: skip
+    keys = (
+        key, (key_b, key_t, key_s, key_h),
+        prefix_key, (prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h),
+    )  # fmt: skip
+    values = (
+        value, (value_b, value_t, value_s, value_h),
+        prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
+    )  # fmt: skip
+    mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
+    shape = L, G, S, H, P
+    reach = step, back, ahead, columns, rows_away, columns_away
     sequence, block, first, i, asks = _block(shape, prefix_query is not None, BLOCK_Q)
     scale = tl.cast(scale, tl.float32)
     d = tl.arange(0, BLOCK_D)
@@ -510,9 +596,15 @@ def backward_key_kernel(
     grad_out, grad_prefix_out, query, key, value, prefix_query, prefix_key, prefix_value,
     key_mask, gate, levels, means,
     grad_key, grad_value, prefix_key_sums, prefix_value_sums,
-    grad_out_steps, grad_prefix_out_steps,
-    query_steps, key_steps, value_steps, prefix_query_steps, prefix_key_steps, prefix_value_steps,
-    mask_steps, gate_steps, shape, reach, scale,
+    grad_out_b, grad_out_t, grad_out_s, grad_out_h,
+    grad_prefix_out_b, grad_prefix_out_g, grad_prefix_out_p, grad_prefix_out_h,
+    query_b, query_t, query_s, query_h, key_b, key_t, key_s, key_h,
+    value_b, value_t, value_s, value_h,
+    prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h,
+    prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h,
+    prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h,
+    mask_b, mask_t, mask_s, gate_b, gate_t, gate_s, gate_h,
+    L, G, S, H, P, step, back, ahead, columns, rows_away, columns_away, scale,
     D: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, GATE_UNIT: tl.constexpr,
     AXIS: tl.constexpr, LIMITED: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -520,12 +612,26 @@ def backward_key_kernel(
     GRAD_OPERAND: tl.constexpr, GRAD_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values, from what `backward_query_kernel` has written."""
-    grads = grad_out, grad_out_steps, grad_prefix_out, grad_prefix_out_steps
-    queries = query, query_steps, prefix_query, prefix_query_steps
-    keys = key, key_steps, prefix_key, prefix_key_steps
-    values = value, value_steps, prefix_value, prefix_value_steps
-    _, _, _, _, P = shape
-    step, back, ahead, _, _, _ = reach
+    grads = (
+        grad_out, (grad_out_b, grad_out_t, grad_out_s, grad_out_h),
+        grad_prefix_out,
+        (grad_prefix_out_b, grad_prefix_out_g, grad_prefix_out_p, grad_prefix_out_h),
+    )  # fmt: skip
+    queries = (
+        query, (query_b, query_t, query_s, query_h),
+        prefix_query, (prefix_query_b, prefix_query_g, prefix_query_p, prefix_query_h),
+    )  # fmt: skip
+    keys = (
+        key, (key_b, key_t, key_s, key_h),
+        prefix_key, (prefix_key_b, prefix_key_g, prefix_key_p, prefix_key_h),
+    )  # fmt: skip
+    values = (
+        value, (value_b, value_t, value_s, value_h),
+        prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
+    )  # fmt: skip
+    mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
+    shape = L, G, S, H, P
+    reach = step, back, ahead, columns, rows_away, columns_away
     sequence, _, first, j, inside = _block(shape, True, BLOCK_K)
     scale = tl.cast(scale, tl.float32)
     d = tl.arange(0, BLOCK_D)
@@ -691,7 +797,7 @@ class _Call(NamedTuple):
     tokens: int
     """Of one group."""
     prefixes: int
-    sizes: tuple[Any, ...]
+    sizes: tuple[int | float, ...]
     """Strides, `shape`, `reach` and scale."""
     constants: dict[str, Any]
 
@@ -723,11 +829,11 @@ def _call(
     P = 0 if prefixes[1] is None else prefixes[1].shape[2]
     gate_unit = 1 if gate is None else _triton.unit(gate)
     sizes = (
-        *(_steps(x, unit) for x in (query, key, value, *prefixes)),
-        (0, 0, 0) if key_mask is None else (*key_mask.stride(), 0)[:3],
-        _steps(gate, gate_unit),
-        (L, G, max(1, S), H, P),
-        _reach(axis, window, grid, causal, T, S),
+        *(step for x in (query, key, value, *prefixes) for step in _steps(x, unit)),
+        *((0, 0, 0) if key_mask is None else (*key_mask.stride(), 0)[:3]),
+        *_steps(gate, gate_unit),
+        *(L, G, max(1, S), H, P),
+        *_reach(axis, window, grid, causal, T, S),
         scale,
     )
     constants = {
@@ -899,7 +1005,7 @@ def backward(
     arch, size = _triton.architecture(query.device), call.constants["BLOCK_D"]
     constants = call.constants | _operands(query.dtype, arch, backward=True)
     cut = whole(arch, query.dtype, call.length, size, backward=True)
-    sizes = _steps(grad_out, unit), _steps(grad_prefix_out, unit), *call.sizes
+    sizes = *_steps(grad_out, unit), *_steps(grad_prefix_out, unit), *call.sizes
     if cut is None:
         cut_q, cut_k = (tiled(arch, query.dtype, size, kernel) for kernel in ("query", "key"))
         rows_each = call.length if prefix_query is not None else call.tokens
