@@ -50,7 +50,8 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
 def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
     """Run a kernel on a one-dimensional grid, on the device of its first tensor.
 
-    settings: Compile-time arguments, num_warps and num_stages.
+    settings: Compile-time arguments, num_warps and num_stages. Fused multiply-add is on, whatever
+        this version of Triton takes for the usual, unless enable_fp_fusion says otherwise.
     """
     if programs == 0:
         return
@@ -60,8 +61,15 @@ def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None
     tensor = next(x for x in arguments if isinstance(x, Tensor))
     elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
     with torch.cuda.device(tensor.device) if elsewhere else contextlib.nullcontext():
-        # Fused multiply-add is wanted, whatever this version of Triton takes for the usual.
-        kernel[(programs,)](*arguments, **settings, enable_fp_fusion=True)
+        kernel[(programs,)](*arguments, **{"enable_fp_fusion": True, **settings})
+
+
+def registers(arch: str, most: int) -> dict[str, int]:
+    """The setting that gives a thread so many registers at most, where the compiler takes one.
+
+    Without it NVIDIA's may spill some to have more programs on a multiprocessor. 0: as it likes.
+    """
+    return {"maxnreg": most} if most and arch.startswith("sm_") else {}
 
 
 def architecture(device: torch.device) -> str:

@@ -388,40 +388,50 @@ class Settings(NamedTuple):
     tokens: int
     """The largest BLOCK_M: longer questions take several tiles."""
     warps: int
-    stages: int = 1
+    registers: int = 0
+    """Of a thread, at most; see `_triton.registers`."""
 
 
 _SM_80 = {
-    # (backward, bytes of an element): size: settings, for longer and longer questions
-    (False, 2): {
+    # (backward, dtype): size: settings, for longer and longer questions
+    (False, torch.bfloat16): {
         32: [Settings(64, 128, 4)],
         64: [Settings(64, 128, 4)],
         128: [Settings(64, 64, 4)],
         256: [Settings(64, 64, 8)],
         512: [Settings(32, 32, 8)],
     },
-    (True, 2): {
+    (True, torch.bfloat16): {
         32: [Settings(64, 64, 4)],
         64: [Settings(64, 32, 4), Settings(64, 64, 4), Settings(64, 32, 4)],
         128: [Settings(32, 32, 4), Settings(32, 32, 8)],
         256: [Settings(32, 32, 8), Settings(32, 16, 8)],
         512: [Settings(16, 16, 8)],
     },
-    (False, 4): {
-        32: [Settings(32, 32, 4), Settings(32, 32, 8)],
-        64: [Settings(32, 32, 4), Settings(32, 32, 8)],
-        128: [Settings(32, 32, 4)],
+    # Products with a gradient are in tf32, whose operands take twice the registers.
+    (True, torch.float16): {
+        32: [Settings(64, 64, 4)],
+        64: [Settings(32, 32, 4), Settings(32, 64, 4), Settings(32, 32, 4)],
+        128: [Settings(32, 32, 4), Settings(32, 32, 8)],
+        256: [Settings(32, 32, 8), Settings(32, 16, 8)],
+        512: [Settings(16, 16, 8)],
+    },
+    (False, torch.float32): {
+        32: [Settings(32, 32, 4, 168), Settings(32, 32, 8, 96)],
+        64: [Settings(32, 32, 4, 168), Settings(32, 32, 8, 96)],
+        128: [Settings(32, 32, 4, 168)],
         256: [Settings(32, 16, 8)],
         512: [Settings(16, 16, 8)],
     },
-    (True, 4): {
-        32: [Settings(32, 32, 4), Settings(32, 32, 8)],
-        64: [Settings(32, 32, 4), Settings(32, 32, 8)],
+    (True, torch.float32): {
+        32: [Settings(32, 32, 4, 168), Settings(32, 32, 8, 128)],
+        64: [Settings(32, 32, 4, 224), Settings(32, 32, 8, 128)],
         128: [Settings(16, 16, 8)],
         256: [Settings(16, 16, 8)],
         512: [Settings(16, 16, 8)],
     },
 }
+_SM_80[False, torch.float16] = _SM_80[False, torch.bfloat16]
 _TABLES = {
     "sm_80": _SM_80,  # and every GPU that is not named
     "interpreter": {
@@ -442,7 +452,7 @@ def settings(arch: str, dtype: torch.dtype, tokens: int, size: int, *, backward:
         there is a gate for each channel.
     """
     table = _TABLES.get(arch, _TABLES["sm_80"])
-    rows = table[backward, dtype.itemsize][max(32, size)]
+    rows = table[backward, dtype][max(32, size)]
     return next((row for row in rows if tokens <= row.tokens), rows[-1])
 
 
@@ -493,7 +503,8 @@ def _plan(
         "BLOCK_E": block_e,
         **{name: x for name, x in operands.items() if backward or not name.startswith("GRAD")},
         "num_warps": cut.warps,
-        "num_stages": cut.stages,
+        "num_stages": 1,
+        **_triton.registers(arch, cut.registers),
     }
     return _Plan(B * H * chunks, chunks, (*sizes, L, M, H, blocks_each, scale), constants)
 
