@@ -30,6 +30,8 @@ LARGEST_HEAD = 256
 """Elements of one head that Triton kernels take at most: a head lies on chip as a whole."""
 MOST_HEADS = 2**31 - 1
 """Heads of all tokens together that Triton kernels take at most: grids are no longer."""
+LARGEST_ROW = 4096
+"""Frames to choose from that Triton kernels take at most: a row of them lies on chip."""
 _BUILD_RECORD = Path(__file__).with_name("_build_info.json")
 _CPU_KERNELS = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 
@@ -119,6 +121,7 @@ def choose(
     implementations: Mapping[str, Callable],
     tensor: Tensor,
     heads: Sequence[Tensor | None] = (),
+    frames: int = 0,
 ) -> Callable:
     """The implementation of an operation that is to run now.
 
@@ -127,6 +130,7 @@ def choose(
         implementations: By backend, the fastest first; the last one takes everything.
         tensor: Its device and dtype decide which can run.
         heads: Tensors whose last dimension is one head's; its size decides, too.
+        frames: How many there are to choose from; that decides likewise.
 
     Raises:
         BackendError: The user chose a backend that the operation does not have here, or VD_BACKEND
@@ -135,12 +139,12 @@ def choose(
     name = _chosen[-1] if _chosen else _environment
     if not name:
         for name, found in implementations.items():
-            if not _refuses(name, tensor, heads):
+            if not _refuses(name, tensor, heads, frames):
                 return found
     _check_name("VD_BACKEND", name)
     found = implementations.get(name)
     if found:
-        lacks = _refuses(name, tensor, heads, forced=True)
+        lacks = _refuses(name, tensor, heads, frames, forced=True)
         if not lacks:
             return found
     else:
@@ -153,19 +157,26 @@ def choose(
 
 
 def _refuses(
-    name: str, tensor: Tensor, heads: Sequence[Tensor | None], *, forced: bool = False
+    name: str,
+    tensor: Tensor,
+    heads: Sequence[Tensor | None],
+    frames: int,
+    *,
+    forced: bool = False,
 ) -> str:
     """Why a backend cannot take a tensor; empty when it can."""
     if name == "reference":
         return ""
     if name == "triton":
-        return _triton_refuses(tensor, heads, forced)
+        return _triton_refuses(tensor, heads, frames, forced)
     if not tensor.is_cpu:
         return f"it takes tensors on the CPU, got one on {tensor.device}"
     return _refuses_double(tensor) or load_cpu_kernels()
 
 
-def _triton_refuses(tensor: Tensor, heads: Sequence[Tensor | None], forced: bool) -> str:
+def _triton_refuses(
+    tensor: Tensor, heads: Sequence[Tensor | None], frames: int, forced: bool
+) -> str:
     # The interpreter is for tests: on the CPU it never runs unasked.
     if not tensor.is_cuda and not (tensor.is_cpu and forced and triton_is_interpreted()):
         lacks = f"it takes tensors on an NVIDIA or AMD GPU, got one on {tensor.device}"
@@ -177,6 +188,8 @@ def _triton_refuses(tensor: Tensor, heads: Sequence[Tensor | None], forced: bool
             return f"it takes heads of up to {LARGEST_HEAD} elements, got {x.shape[-1]}"
         if x is not None and x.numel() > MOST_HEADS * x.shape[-1]:
             return f"it takes up to 2^31 - 1 heads of tokens, got {x.numel() // x.shape[-1]}"
+    if frames > LARGEST_ROW:
+        return f"it takes up to {LARGEST_ROW} frames to choose from, got {frames}"
     return _too_old(tensor.device.index) if tensor.is_cuda else ""
 
 

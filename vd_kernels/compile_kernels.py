@@ -30,6 +30,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from vd_kernels import _triton
 from vd_kernels.language_gate import triton_kernels as language_gate
 from vd_kernels.spacetime_attention import triton_kernels as spacetime_attention
+from vd_kernels.topk_sampling import triton_kernels as topk_sampling
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,6 +45,8 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.bool: "i1",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 
@@ -157,8 +160,57 @@ def attention_case(form: str, dtype: torch.dtype, width: int, length: int) -> Ca
     return Case("spacetime_attention", form, dtype, f"N{length} D{width}", run)
 
 
+METHODS = ("hard", "perturbed", "given", "diagonal", "gumbel", "lapsum")
+"""Of topk_sample. "given": "perturbed" with noise that is given."""
+ORDERS = ("time", "score")
+FRAMES = (16, 64, 100, 200, 512, 1000, 2000, 4096)
+
+
+def choice_case(method: str, frames: int, order: str = "time") -> Case:
+    def run() -> None:
+        scores, seed = torch.empty(2, frames, device="meta"), _meta(dtype=torch.int64)
+        indices, grad = _meta(2, 4, dtype=torch.int64), _meta(2, 4, frames)
+        if method == "hard":
+            topk_sampling.hard(scores, 4, order)
+        elif method == "lapsum":
+            topk_sampling.lapsum(scores, 4, 1.0, order)
+            topk_sampling.lapsum_backward(scores, scores, 4, 1.0)
+        elif method == "gumbel":
+            draw = seed, 0, None
+            topk_sampling.gumbel(scores, 4, 1.0, *draw, order)
+            topk_sampling.gumbel_backward(grad, scores, indices, 1.0, *draw)
+        else:
+            gradient = "diagonal" if method == "diagonal" else "exact"
+            noise = _meta(2, 500, frames) if method == "given" else None
+            draws = 0.05, 500, seed, 0, noise, order, gradient
+            topk_sampling.perturbed(scores, 4, *draws)
+            topk_sampling.perturbed_backward(grad, scores, indices, *draws)
+
+    form = method if order == "time" else f"{method} by score"
+    return Case("topk_sample", form, torch.float32, f"N{frames}", run)
+
+
+WEIGHTS = ("weights", "soft set")
+SLOTS = (4, 30, 64)
+
+
+def gather_case(form: str, dtype: torch.dtype, slots: int, width: int) -> Case:
+    def run() -> None:
+        values, grad = _meta(2, 100, width, dtype=dtype), _meta(2, slots, width, dtype=dtype)
+        weights = _meta(2, slots, 100) if form == "weights" else _meta(2, 100)
+        indices = _meta(2, slots, dtype=torch.int64)
+        topk_sampling.gather(values, weights, indices)
+        topk_sampling.gather_backward(grad, values, weights, indices, (True, True))
+
+    return Case("topk_gather", form, dtype, f"K{slots} E{width}", run)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def covering() -> Iterator[Case]:
-    """Few cases in which each form, dtype, size of a head and tile of tokens occurs."""
+    """Few cases in which each form, dtype, size of a head and tile occurs."""
     yield gate_case("softmax", torch.bfloat16, 64, 32)
     yield gate_case("channel", torch.bfloat16, 64, 32)
     yield gate_case("max", torch.float16, 40, 16)
@@ -172,6 +224,16 @@ def covering() -> Iterator[Case]:
     yield attention_case("space window mask shared", torch.float32, 96, 49)
     yield attention_case("space gate prefix", torch.bfloat16, 64, 197)
     yield attention_case("joint window mask prefix channels", torch.float32, 128, 197)
+    yield choice_case("hard", 512, "score")
+    yield choice_case("perturbed", 512)
+    yield choice_case("given", 100)
+    yield choice_case("diagonal", 1000)
+    yield choice_case("gumbel", 512)
+    yield choice_case("lapsum", 512)
+    yield choice_case("perturbed", 4096)
+    yield gather_case("weights", torch.bfloat16, 16, 4096)
+    yield gather_case("weights", torch.float32, 64, 4096)
+    yield gather_case("soft set", torch.float16, 4, 768)
 
 
 def every() -> Iterator[Case]:
@@ -179,6 +241,9 @@ def every() -> Iterator[Case]:
     yield from itertools.starmap(
         attention_case, itertools.product(ATTENTION_FORMS, DTYPES, WIDTHS, LENGTHS)
     )
+    yield from itertools.starmap(choice_case, itertools.product(METHODS, FRAMES, ORDERS))
+    widths = (16, 100, 768, 4096)
+    yield from itertools.starmap(gather_case, itertools.product(WEIGHTS, DTYPES, SLOTS, widths))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,7 +279,7 @@ def compile_case(case: Case, arch: str) -> Iterator[Usage]:
     for launch in launched(case, arch):
         code, options = source(launch)
         compiled = triton.compile(
-            code, target=TARGETS[arch], options=options | {"enable_fp_fusion": True}
+            code, target=TARGETS[arch], options={"enable_fp_fusion": True} | options
         )
         registers, spills, products = (_of_nvidia if arch.startswith("sm_") else _of_amd)(compiled)
         yield Usage(

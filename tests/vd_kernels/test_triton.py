@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vd_kernels import language_gate, spacetime_attention, use_backend
-from vd_kernels.backends import load_triton
+from vd_kernels import language_gate, spacetime_attention, topk_gather, topk_sample, use_backend
+from vd_kernels.backends import LARGEST_ROW, load_triton
 from vd_kernels.testing import Check, suite
 
 if load_triton():
@@ -26,9 +27,10 @@ if _triton.INTERPRETED:
 from vd_kernels import compile_kernels
 from vd_kernels.language_gate import triton_kernels
 from vd_kernels.spacetime_attention import triton_kernels as attention_kernels
+from vd_kernels.topk_sampling import triton_kernels as topk_kernels
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
-OPERATORS = ("language_gate", "spacetime_attention")
+OPERATORS = ("language_gate", "topk_sample", "topk_gather", "spacetime_attention")
 """That have Triton kernels."""
 
 # ---------------------------------------------------------------------------------------------
@@ -107,8 +109,160 @@ run("unasked", it_does_not_run_unasked)
 """
 
 
-def interpret(script: str, *runs: tuple[str, int, list[str]]) -> None:
-    """Run the script, and checks of the suite: dtype, size of a tile, names."""
+CHOICES = """
+import itertools, math
+import triton
+import triton.language as tl
+from vd_kernels import topk_gather, topk_sample
+from vd_kernels.topk_sampling import noise, triton_kernels
+
+triton_kernels._PROGRAMS = 4  # several tiles of samples to a program, and several programs to a row
+(names,) = json.loads(sys.argv[1])
+for check in suite("triton", "cpu", [torch.float32], ["topk_sample", "topk_gather"]):
+    if any(name in check.name for name in names):
+        run(check.name, check)
+"""
+
+CHOICE_EDGES = """
+@triton.jit
+def words_kernel(words, normals, gumbels, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    word = tl.load(words + at).to(tl.uint32)
+    tl.store(normals + at, triton_kernels._normal(word))
+    tl.store(gumbels + at, triton_kernels._gumbel(word))
+
+def words_become_the_bits_of_the_specification():
+    some = torch.arange(500)
+    words = torch.cat([some, 2**32 - 1 - some, 2**31 - 250 + some, 2**30 - 250 + some])
+    words = torch.cat([words, torch.randint(0, 2**32, (4096 - 2000,))])
+    found = torch.empty(2, 4096)
+    words_kernel[(1,)](words, *found, BLOCK=4096)
+    assert torch.equal(found[0], noise.normal_of(words))
+    assert torch.equal(found[1], noise.gumbel_of(words))
+
+def choices(backend, x, k, **options):
+    with use_backend(backend):
+        x = x.detach().requires_grad_()
+        sample = topk_sample(x, k, **options)
+        grad = normal(*sample.weights.shape, seed=9)
+        return sample.indices, sample.weights.detach(), torch.autograd.grad(sample.weights, x, grad)
+
+def backends_draw_the_same(frames, k, sigma, seed, **options):
+    x = normal(4, frames, seed=seed)
+    x[1, k // 2 :] = -math.inf  # fewer real frames than k
+    x[2] = torch.where(normal(frames) > 0, 0.0, -0.0)  # all are equal
+    x[3] = x[3].round()
+    options |= {"sigma": sigma, "seed": seed, "row_offset": 2**32 - 2}
+    ours = choices("triton", x, k, **options)
+    for other in ("reference", "cpp"):
+        theirs = choices(other, x, k, **options)
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]), other
+        allowed = 1e-5 * max(1.0, theirs[2][0].abs().max().item())
+        assert (ours[2][0] - theirs[2][0]).abs().max() <= allowed, other
+
+def few_frames_can_be_chosen():
+    # tiles for 1/8 and 1/4 of all, and one for all; see how many frames can be chosen
+    seen = set()
+    for sigma, order in ((0.01, "time"), (0.1, "time"), (0.3, "score"), (0.05, "score")):
+        x = normal(4, 200, seed=1)
+        plan = torch.empty(4, 403, dtype=torch.int32)
+        triton_kernels._choose(x, 5, order, None, None, plan, sigma=sigma)
+        seen |= {next(i for i in (32, 64, 256) if n <= i) for n in plan[:, 0].tolist()}
+        backends_draw_the_same(200, 5, sigma, 1, num_samples=37, order=order)
+    assert seen == {32, 64, 256}
+
+def diagonal_gradients_are_the_same():
+    for order in ("time", "score"):
+        options = {"gradient": "diagonal", "order": order, "num_samples": 37}
+        backends_draw_the_same(70, 3, 0.1, -5, **options)
+
+def where_no_sample_differs_the_gradient_is_zero():
+    x = torch.arange(40.0).view(2, 20).requires_grad_()
+    for sigma in (0.0, 1e-30, 1e-6, 1e-40, 1e-46):
+        sample = topk_sample(x, 3, sigma=sigma, num_samples=7, seed=1)
+        assert sample.weights[:, range(3), range(17, 20)].eq(1).all()
+        (grad,) = torch.autograd.grad(sample.weights, x, 1e6 * normal(2, 3, 20))
+        assert torch.equal(grad, torch.zeros(2, 20)), sigma
+
+def memory_may_be_laid_out_anyhow():
+    x, z = normal(3, 26)[:, :13], normal(7, 3, 26)[..., :13].transpose(0, 1)
+    results = []
+    for make in (lambda t: t, torch.clone):
+        given = make(x).requires_grad_()
+        sample = topk_sample(given, 4, noise=make(z), sigma=0.5)
+        scale = torch.linspace(1, 2, 3)[:, None, None].expand(sample.weights.shape)
+        grad = normal(4, 3, 26)[..., ::2].transpose(0, 1)
+        results.append([
+            *sample,
+            *torch.autograd.grad((sample.weights * scale).sum(), given, retain_graph=True),
+            *torch.autograd.grad(sample.weights, given, make(grad)),
+        ])
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+def a_seed_is_read_when_the_kernel_runs():
+    x, seed = normal(2, 40), torch.tensor(3)
+    first = topk_sample(x, 4, sigma=0.5, seed=seed, num_samples=8).weights
+    again = topk_sample(x, 4, sigma=0.5, seed=seed, num_samples=8).weights
+    other = topk_sample(x, 4, sigma=0.5, seed=seed.add_(1), num_samples=8).weights
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+def slots_may_be_more_than_a_tile():
+    sample = topk_sample(normal(1, 130), 100, method="hard")
+    values, grad = normal(1, 130, 3).requires_grad_(), normal(1, 100, 3)
+    weights = sample.weights.requires_grad_()
+    out = topk_gather(values, sample._replace(weights=weights))
+    found = torch.autograd.grad(out, (values, weights), grad)
+    assert torch.equal(out, weights @ values)
+    assert torch.equal(found[0], weights.mT @ grad)
+    assert torch.allclose(found[1], grad @ values.mT, atol=1e-6)
+
+def a_frame_that_has_no_weight_is_not_read():
+    values = normal(2, 9, 5)
+    sample = topk_sample(normal(2, 9, seed=1), 3, method="hard")
+    used = sample.weights.sum(1) > 0
+    out = topk_gather(torch.where(used[..., None], values, torch.nan), sample)
+    assert torch.equal(out, topk_gather(values, sample))
+
+def what_is_too_much_is_refused():
+    x = torch.randn(1, 4097)
+    wrongs = (x, "up to 4096 frames to choose from, got 4097"), (x[:, :9].double(), "float64")
+    for wrong, reason in wrongs:
+        for method in ("hard", "perturbed", "gumbel", "lapsum"):
+            try:
+                topk_sample(wrong, 3, method=method)
+            except RuntimeError as error:
+                assert reason in str(error), error
+            else:
+                raise AssertionError("not refused")
+    with use_backend("reference"):
+        sample = topk_sample(x[:, :9].double(), 3, method="hard")
+    try:
+        topk_gather(x[:, :9], sample)
+    except RuntimeError as error:
+        assert "float64 runs on the reference" in str(error), error
+    else:
+        raise AssertionError("not refused")
+
+with use_backend("triton"):
+    for check in (
+        words_become_the_bits_of_the_specification,
+        few_frames_can_be_chosen,
+        diagonal_gradients_are_the_same,
+        where_no_sample_differs_the_gradient_is_zero,
+        memory_may_be_laid_out_anyhow,
+        a_seed_is_read_when_the_kernel_runs,
+        slots_may_be_more_than_a_tile,
+        a_frame_that_has_no_weight_is_not_read,
+        what_is_too_much_is_refused,
+    ):
+        run(check.__name__, check)
+"""
+
+
+def interpret(script: str, *runs: tuple[str, int, list[str]] | list[str]) -> None:
+    """Run the script, and checks of the suite by name: with dtype and size of a tile, or
+    those of topk_sample and topk_gather by name alone."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN + script, json.dumps(runs)],
         capture_output=True,
@@ -118,7 +272,8 @@ def interpret(script: str, *runs: tuple[str, int, list[str]]) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("passed") >= sum(len(names) for *_, names in runs), done.stdout
+    expected = [name for run in runs for name in (run if isinstance(run, list) else run[-1])]
+    assert done.stdout.count("passed") >= len(expected), done.stdout
     assert "failed" not in done.stdout, done.stdout
 
 
@@ -292,6 +447,22 @@ def test_attention_interpreted_in_half_precision() -> None:
     interpret(ATTENTION, *runs)
 
 
+def test_interpreted_choices() -> None:
+    methods = ("hard", "perturbed", "diagonal", "gumbel", "lapsum")
+    sizes = [f"{method}-3x13x4" for method in methods]
+    others = ["perturbed-1x1x1-time", "hard-2x257x64", "gumbel-2x257x64-time", "formula"]
+    gathers = [
+        f"topk_gather-{method}-{layouts}-float32"
+        for method in ("perturbed", "lapsum")
+        for layouts in ("sliced-contiguous", "contiguous-transposed", "strided-contiguous")
+    ]
+    interpret(CHOICES, [*sizes, *others, *gathers, "topk_gather-hard-contiguous-contiguous"])
+
+
+def test_interpreted_choices_at_the_edges() -> None:
+    interpret(CHOICES + CHOICE_EDGES, [])
+
+
 # ---------------------------------------------------------------------------------------------
 # Compiled
 
@@ -326,21 +497,26 @@ def test_the_document_tells_of_nothing_else() -> None:
     assert sum(text.count(f"\n| {operator} ") for operator in OPERATORS) == len(kernels)
 
 
-KERNELS = {
-    "language_gate": [{triton_kernels.forward_kernel, triton_kernels.backward_kernel}],
-    "spacetime_attention": [
-        {attention_kernels.short_forward_kernel, attention_kernels.short_backward_kernel},
-        {
-            attention_kernels.forward_kernel,
-            attention_kernels.backward_query_kernel,
-            attention_kernels.backward_key_kernel,
-        },
-    ],
+SETTINGS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+KERNELS: dict[tuple[str, str], list[set[str]]] = {
+    **{("language_gate", form): [{"forward", "backward"}] for form in compile_kernels.FORMS},
+    **{
+        ("spacetime_attention", axis): [
+            {"short_forward", "short_backward"},
+            {"forward", "backward_query", "backward_key"},
+        ]
+        for axis in AXES
+    },
+    ("topk_sample", "hard"): [{"choice"}],
+    ("topk_sample", "perturbed"): [{"choice", "sample", "share", "gradient"}],
+    ("topk_sample", "given"): [{"choice", "sample", "share", "gradient"}],
+    ("topk_sample", "diagonal"): [{"choice", "sample", "share"}],
+    ("topk_sample", "gumbel"): [{"choice", "gumbel_backward"}],
+    ("topk_sample", "lapsum"): [{"choice", "lapsum"}],
+    ("topk_gather", "weights"): [{"entries", "gather", "gather_values", "gather_weights"}],
+    ("topk_gather", "soft"): [{"gather", "gather_values", "gather_shares"}],
 }
 """What forward and backward launch, in one way or the other."""
-
-
-SETTINGS = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
 
 
 def test_every_case_has_a_kernel_for_forward_and_backward() -> None:
@@ -348,8 +524,9 @@ def test_every_case_has_a_kernel_for_forward_and_backward() -> None:
     assert len({case[:4] for case in cases}) == len(cases)
     for case in (*cases[::37], *compile_kernels.covering()):
         launches = compile_kernels.launched(case, "sm_90")
-        kernels = {launch.kernel for launch in launches}
-        assert any(kernels >= expected for expected in KERNELS[case.operator]), case
+        kernels = {launch.kernel.__name__.removesuffix("_kernel") for launch in launches}
+        ways = KERNELS[case.operator, case.form.partition(" ")[0]]
+        assert any(kernels >= way for way in ways), case
         for launch in launches:
             _, options = compile_kernels.source(launch)
             assert {"num_warps", "num_stages"} <= set(options) <= SETTINGS
@@ -373,7 +550,51 @@ def test_one_compilation_serves_all_lengths_of_a_bucket() -> None:
     assert hashes(2, 1000, 33) != usual
 
 
+def choice_hashes(frames: int, k: int, samples: int, dtype: torch.dtype) -> list[str]:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with _triton.recorded("sm_90") as launches:
+        scores, grad, seed = meta(3, frames), meta(3, k, frames), meta(dtype=torch.int64)
+        draws = 0.1, samples, seed, k, None, "time", "exact"
+        _, indices = topk_kernels.perturbed(scores, k, *draws)
+        topk_kernels.perturbed_backward(grad, scores, indices, *draws)
+        topk_kernels.gumbel_backward(grad, scores, indices, 1.0, seed, 0, None)
+        topk_kernels.gather(meta(3, frames, 8 * k, dtype=dtype), grad, indices)
+    return [compile_kernels.source(launch)[0].hash() for launch in launches]
+
+
+def test_one_compilation_serves_all_choices_of_a_bucket() -> None:
+    usual = choice_hashes(300, 9, 500, torch.bfloat16)
+    assert choice_hashes(512, 16, 1, torch.bfloat16) == usual
+    assert choice_hashes(256, 9, 500, torch.bfloat16) != usual
+
+
+def test_noise_is_never_fused() -> None:
+    """A fused multiply-add rounds once where the noise is specified to be rounded twice."""
+    for method in ("perturbed", "gumbel"):
+        for launch in compile_kernels.launched(compile_kernels.choice_case(method, 64), "sm_90"):
+            code, options = compile_kernels.source(launch)
+            if launch.kernel is topk_kernels.share_kernel:
+                continue
+            assert options["enable_fp_fusion"] is False  # for ptxas, too, as --fmad=false
+            target = compile_kernels.TARGETS["sm_90"]
+            text = compile_kernels.triton.compile(code, target=target, options=options).asm["ptx"]
+            meant = (
+                4 if launch.kernel is topk_kernels.gradient_kernel else 0
+            )  # four frames at a time
+            assert len(set(re.findall(r"fma\.rn\.f32", text))) == bool(meant)
+            assert "sqrt.approx" not in text
+            normals = launch.kernel in (topk_kernels.sample_kernel, topk_kernels.gradient_kernel)
+            assert ("sqrt.rn.f32" in text) == normals
+
+
 def test_settings_are_there_for_whatever_is_taken() -> None:
+    for arch in (*compile_kernels.TARGETS, "sm_86", "interpreter"):
+        for frames in (1, 16, 17, 512, LARGEST_ROW):
+            cut = topk_kernels.settings(arch, frames)
+            padded = _triton.padded(frames)
+            assert cut.tile % padded == 0 and min(cut.few, padded) >= 16
     for arch in (*compile_kernels.TARGETS, "sm_86", "sm_120", "interpreter"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for size in (16, 32, 64, 128, 256, 512):
@@ -465,15 +686,72 @@ def test_a_tensor_on_the_cpu_is_refused(dtype: torch.dtype) -> None:
         spacetime_attention(x[None], x[None], x[None], axis="time")
 
 
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.device_count(), reason="torch sees no CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.device_count(), reason="torch sees no CUDA device")
+@ON_A_GPU
 @pytest.mark.parametrize("check", suite("triton", "cuda", operators=OPERATORS), ids=str)
 def test_on_a_gpu(check: Check) -> None:
     check()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.device_count(), reason="torch sees no CUDA device")
+@ON_A_GPU
+@pytest.mark.parametrize("method", ["perturbed", "gumbel"])
+@pytest.mark.parametrize(("frames", "k"), [(512, 16), (4096, 64), (37, 5)])
+@pytest.mark.parametrize("sigma", [0.05, 1.0])
+def test_a_gpu_draws_what_the_cpu_draws(method: str, frames: int, k: int, sigma: float) -> None:
+    x = torch.randn(3, frames, generator=torch.Generator().manual_seed(0))
+    options = {"method": method, "sigma": sigma, "seed": 5, "num_samples": 100}
+    with use_backend("triton"):
+        found = topk_sample(x.cuda(), k, **options)
+    for one, other in zip(found, topk_sample(x, k, **options), strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+def test_a_captured_graph_draws_anew_with_each_seed() -> None:
+    x, seed = torch.randn(4, 200, device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
+    values = torch.randn(4, 200, 40, device="cuda")
+
+    def step() -> torch.Tensor:
+        given = x.detach().requires_grad_()
+        sample = topk_sample(given, 8, sigma=0.3, num_samples=50, seed=seed)
+        topk_gather(values, sample).square().sum().backward()
+        return given.grad
+
+    with use_backend("triton"):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()  # compiles
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for number in (1, 2):
+            seed.fill_(number)
+            graph.replay()
+            assert torch.equal(captured, step())
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+def test_more_rows_than_a_grid_has_in_its_second_dimension() -> None:
+    x = torch.randn(70_000, 16, device="cuda")
+    with use_backend("triton"):
+        sample = topk_sample(x, 2, sigma=0.3, num_samples=3, seed=0)
+        ours = topk_gather(x[..., None], sample)
+    with use_backend("reference"):
+        assert torch.equal(
+            sample.weights, topk_sample(x, 2, sigma=0.3, num_samples=3, seed=0).weights
+        )
+        torch.testing.assert_close(ours, topk_gather(x[..., None], sample))
+
+
+@pytest.mark.gpu
+@ON_A_GPU
 def test_double_runs_on_the_reference() -> None:
     x = torch.randn(1, 2, 1, 4, dtype=torch.float64, device="cuda")
     assert language_gate(x, x).dtype == torch.float64

@@ -191,7 +191,7 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
         _check_gather(values, weights, indices)
     else:
         check_once(_check_gather, (values, weights, indices), ())
-    run = torch.ops.vd.topk_gather.default if observed else op.choose("gather", values)
+    run = torch.ops.vd.topk_gather.default if observed else op.choose("gather", values, weights)
     if indices.dim() == 2 and values.dim() == 3:
         return run(values, weights, indices)
     lead, frames = indices.shape[:-1], weights.shape[-1]

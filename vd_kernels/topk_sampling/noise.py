@@ -17,7 +17,7 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 15  # counters at a time: the working set stays in a core's second-level cache
 
-_LOG2 = (
+LOG2 = (
     float.fromhex("0x1.715476p+0"),
     float.fromhex("-0x1.715470p-1"),
     float.fromhex("0x1.ec73d6p-2"),
@@ -30,7 +30,7 @@ _LOG2 = (
 )
 """log2(1 + h) / h over 1/sqrt(2) <= 1 + h < sqrt(2), lowest power first."""
 
-_PROBIT = (
+PROBIT = (
     float.fromhex("0x1.00932ap+2"),
     float.fromhex("0x1.4ef5b6p+0"),
     float.fromhex("-0x1.a90c08p-6"),
@@ -46,8 +46,10 @@ _PROBIT = (
 """|z| / (1 - 2p) in powers of sqrt(3 - log2(4p (1 - p))) - 4, lowest first."""
 
 _SQRT_HALF = 0x3F3504F3  # the bits of 1/sqrt(2) in float32
-_LN2 = float.fromhex("0x1.62e430p-1")
-_MINUS_LN_LN2 = float.fromhex("0x1.774f2ap-2")
+LN2 = float.fromhex("0x1.62e430p-1")
+MINUS_LN_LN2 = float.fromhex("0x1.774f2ap-2")
+LARGEST_NORMAL = float.fromhex("0x1.95a1d4p+2")
+"""No normal is further from 0."""
 
 
 def normal_noise(
@@ -91,7 +93,7 @@ def normal_of(words: Tensor) -> Tensor:
     # Torch may leave a float32 root to MKL, whose last bit is not always the right one. A float64
     # root, even one off by a bit, rounds to the right float32 one.
     root = (3.0 - _log2(h, k)).double().sqrt_().float().sub_(4.0)
-    size = _polynomial(_PROBIT, root).mul_(centre * 2.0**-31)
+    size = _polynomial(PROBIT, root).mul_(centre * 2.0**-31)
     return torch.where(upper, size, -size)
 
 
@@ -107,7 +109,7 @@ def gumbel_of(words: Tensor) -> Tensor:
     h = torch.where(k == 0, -p, h)
     exponential = -_log2(h, k)  # in units of ln 2
     h, k = _split(exponential)
-    return _MINUS_LN_LN2 - _log2(h, k) * _LN2
+    return MINUS_LN_LN2 - _log2(h, k) * LN2
 
 
 def _fold(words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +132,7 @@ def _split(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log2(h: Tensor, k: Tensor) -> Tensor:
     """log2((1 + h) 2^k)."""
-    return _polynomial(_LOG2, h).mul_(h).add_(k.float())
+    return _polynomial(LOG2, h).mul_(h).add_(k.float())
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:

@@ -145,8 +145,6 @@ def _lapsum_backward_cpp(grad: Tensor, scores: Tensor, k: int, temperature: floa
 
 
 def _gather_cpp(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    if weights.dtype == torch.float64:  # whose sums are in float64
-        return reference.gather(values, weights, indices)
     out = torch.empty(*indices.shape, values.shape[2], dtype=values.dtype)
     torch.ops.vd._topk_gather_cpp.default(
         rows_contiguous(values), weights.contiguous(), indices.contiguous(), out
@@ -157,8 +155,6 @@ def _gather_cpp(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 def _gather_backward_cpp(
     grad: Tensor, values: Tensor, weights: Tensor, indices: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    if weights.dtype == torch.float64:
-        return reference.gather_backward(grad, values, weights, indices, needs)
     grads = [
         torch.empty(x.shape, dtype=x.dtype) if needed else None
         for x, needed in zip((values, weights), needs, strict=True)
@@ -195,8 +191,23 @@ def _contiguous(run: Callable) -> Callable:
     return contiguous
 
 
+def _on_triton(name: str) -> Callable:
+    """The Triton kernels' function of that name; Triton is imported when it is first used."""
+
+    def run(*arguments: Any) -> Tensor | tuple[Tensor | None, ...]:
+        from vd_kernels.topk_sampling import triton_kernels
+
+        return getattr(triton_kernels, name)(*arguments)
+
+    return run
+
+
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    name: {"cpp": cpp, "reference": _contiguous(getattr(reference, name))}
+    name: {
+        "cpp": cpp,
+        "triton": _on_triton(name),
+        "reference": _contiguous(getattr(reference, name)),
+    }
     for name, cpp in {
         "hard": _hard_cpp,
         "perturbed": _perturbed_cpp,
@@ -231,14 +242,17 @@ for _schema in (
     _library.define_private(f"_topk_{_schema}")
 
 
-def choose(name: str, tensor: Tensor) -> Callable:
-    """The implementation of topk_<name> that is to run now."""
-    return backends.choose(f"topk_{name}", IMPLEMENTATIONS[name], tensor)
+def choose(name: str, *tensors: Tensor) -> Callable:
+    """The implementation of topk_<name> that is to run now; one float64 makes sums float64."""
+    tensor = next((x for x in tensors if x.dtype == torch.float64), tensors[0])
+    frames = 0 if name.startswith("gather") else tensor.shape[-1]
+    return backends.choose(f"topk_{name}", IMPLEMENTATIONS[name], tensor, frames=frames)
 
 
 def _define(name: str, schema: str, fake: Callable) -> None:
     def kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        results = choose(name, arguments[0])(*arguments)
+        tensors = (x for x in arguments[:3] if isinstance(x, Tensor))
+        results = choose(name, *tensors)(*arguments)
         if isinstance(results, Tensor):
             return results
         return tuple(arguments[0].new_empty(0) if x is None else x for x in results)

@@ -82,7 +82,8 @@ def perturbed(
         cells = _cells(choose(scores[part].unsqueeze(1) + sigma * z, k, order), frames).flatten(1)
         counts[part].scatter_add_(1, cells, scores.new_ones(()).expand(cells.shape))
     # Every sample has as many real frames as its row, so I_i is spare where I_0 is.
-    weights = counts.view(rows, k, frames) / samples
+    # By a tensor: on a GPU torch multiplies by the inverse of a number, which is another rounding.
+    weights = counts.view(rows, k, frames) / counts.new_full((), samples)
     return weights * (indices >= 0).unsqueeze(-1), indices
 
 
