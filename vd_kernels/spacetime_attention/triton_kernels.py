@@ -152,14 +152,14 @@ def _near(i, j, shape, reach, AXIS: tl.constexpr):
     step, back, ahead, columns, rows_away, columns_away = reach
     _, _, _, _, P = shape
     n, m = i - P, j - P
-    if AXIS == "time":  # step is 1
-        near = (n - m <= back) & (m - n <= ahead)
-    else:
-        behind = n // step - m // step
-        near = (behind <= back) & (-behind <= ahead)
-        n, m = n % step, m % step
-        near = near & (tl.abs(n // columns - m // columns) <= rows_away)
-        near = near & (tl.abs(n % columns - m % columns) <= columns_away)
+    # Bounds for each query, and nothing but comparisons for each pair: there are many of them.
+    from_here = n // step * step
+    near = (m >= from_here - back * step) & (m < from_here + (ahead + 1) * step)
+    if AXIS != "time":
+        row, column = n % step // columns, n % step % columns
+        other_row, other_column = m % step // columns, m % step % columns
+        near &= (other_row >= row - rows_away) & (other_row <= row + rows_away)
+        near &= (other_column >= column - columns_away) & (other_column <= column + columns_away)
     return near | (i < P) | (j < P)
 
 
@@ -376,7 +376,7 @@ def short_forward_kernel(
         prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
     )  # fmt: skip
     mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
-    shape = L, G, S, H, P
+    shape = L, G, S, H, P if prefix_key is not None else 0
     reach = step, back, ahead, columns, rows_away, columns_away
     sequence, i, _, asks, real = _whole(
         key_mask, mask_steps, shape, prefix_query is not None, AXIS, TILES, ROWS
@@ -433,7 +433,7 @@ def short_backward_kernel(
         prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
     )  # fmt: skip
     mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
-    shape = L, G, S, H, P
+    shape = L, G, S, H, P if prefix_key is not None else 0
     reach = step, back, ahead, columns, rows_away, columns_away
     sequence, i, inside, asks, real = _whole(
         key_mask, mask_steps, shape, prefix_query is not None, AXIS, TILES, ROWS
@@ -492,7 +492,7 @@ def forward_kernel(
         prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
     )  # fmt: skip
     mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
-    shape = L, G, S, H, P
+    shape = L, G, S, H, P if prefix_key is not None else 0
     reach = step, back, ahead, columns, rows_away, columns_away
     sequence, _, first, i, asks = _block(shape, prefix_query is not None, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
@@ -546,7 +546,7 @@ def backward_query_kernel(
         prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
     )  # fmt: skip
     mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
-    shape = L, G, S, H, P
+    shape = L, G, S, H, P if prefix_key is not None else 0
     reach = step, back, ahead, columns, rows_away, columns_away
     sequence, block, first, i, asks = _block(shape, prefix_query is not None, BLOCK_Q)
     scale = tl.cast(scale, tl.float32)
@@ -630,7 +630,7 @@ def backward_key_kernel(
         prefix_value, (prefix_value_b, prefix_value_g, prefix_value_p, prefix_value_h),
     )  # fmt: skip
     mask_steps, gate_steps = (mask_b, mask_t, mask_s), (gate_b, gate_t, gate_s, gate_h)
-    shape = L, G, S, H, P
+    shape = L, G, S, H, P if prefix_key is not None else 0
     reach = step, back, ahead, columns, rows_away, columns_away
     sequence, _, first, j, inside = _block(shape, True, BLOCK_K)
     scale = tl.cast(scale, tl.float32)
@@ -679,8 +679,6 @@ def backward_key_kernel(
 class Whole(NamedTuple):
     """How short sequences are cut, and what Triton is told."""
 
-    rows: int
-    """The longest sequence, padded."""
     tiles: int
     """Sequences of a program."""
     warps: int
@@ -696,96 +694,106 @@ class Tiled(NamedTuple):
 
 
 _WHOLE_SM_80 = {
-    # (backward, bytes of an element): size of a head: settings, for longer and longer sequences
+    # (backward, bytes of an element): size of a head: rows, padded: settings
     (False, 2): {
-        16: [Whole(16, 4, 4), Whole(32, 4, 4), Whole(64, 2, 4)],
-        32: [Whole(16, 4, 4), Whole(32, 4, 4), Whole(64, 2, 4)],
-        64: [Whole(16, 4, 4), Whole(32, 4, 4), Whole(64, 1, 4)],
-        128: [Whole(16, 4, 4), Whole(32, 2, 4), Whole(64, 1, 4)],
-        256: [Whole(16, 2, 4), Whole(32, 1, 4), Whole(64, 1, 8)],
+        16: {16: Whole(4, 4), 32: Whole(4, 4), 64: Whole(1, 4)},
+        32: {16: Whole(4, 4), 32: Whole(4, 4), 64: Whole(1, 4)},
+        64: {16: Whole(4, 4), 32: Whole(4, 4), 64: Whole(1, 4)},
+        128: {16: Whole(4, 4), 32: Whole(1, 4), 64: Whole(1, 8)},
+        256: {16: Whole(1, 4), 32: Whole(1, 8)},
     },
     (True, 2): {
-        16: [Whole(16, 4, 4), Whole(32, 2, 4), Whole(64, 1, 4)],
-        32: [Whole(16, 4, 4), Whole(32, 2, 4), Whole(64, 1, 4)],
-        64: [Whole(16, 4, 4), Whole(32, 2, 4), Whole(64, 1, 4)],
-        128: [Whole(16, 2, 4), Whole(32, 1, 4), Whole(64, 1, 8)],
-        256: [Whole(16, 1, 4), Whole(32, 1, 8)],
+        16: {16: Whole(4, 4), 32: Whole(1, 2)},
+        32: {16: Whole(4, 4), 32: Whole(1, 2)},
+        64: {16: Whole(4, 4), 32: Whole(1, 2)},
+        128: {16: Whole(1, 4), 32: Whole(1, 4)},
+        256: {16: Whole(1, 8)},
     },
     (False, 4): {
-        16: [Whole(16, 4, 4), Whole(32, 2, 4), Whole(64, 1, 4)],
-        32: [Whole(16, 4, 4), Whole(32, 2, 4), Whole(64, 1, 4)],
-        64: [Whole(16, 4, 4), Whole(32, 2, 4), Whole(64, 1, 8)],
-        128: [Whole(16, 2, 4), Whole(32, 1, 4), Whole(64, 1, 8)],
-        256: [Whole(16, 1, 4), Whole(32, 1, 8)],
+        16: {16: Whole(4, 4), 32: Whole(1, 4)},
+        32: {16: Whole(4, 4), 32: Whole(1, 4)},
+        64: {16: Whole(4, 4), 32: Whole(1, 4)},
+        128: {16: Whole(1, 4), 32: Whole(1, 8)},
+        256: {16: Whole(1, 8)},
     },
     (True, 4): {
-        16: [Whole(16, 4, 4), Whole(32, 1, 4), Whole(64, 1, 8)],
-        32: [Whole(16, 4, 4), Whole(32, 1, 4), Whole(64, 1, 8)],
-        64: [Whole(16, 2, 4), Whole(32, 1, 4), Whole(64, 1, 8)],
-        128: [Whole(16, 1, 4), Whole(32, 1, 8)],
-        256: [Whole(16, 1, 8)],
+        16: {16: Whole(1, 4), 32: Whole(1, 8)},
+        32: {16: Whole(1, 4), 32: Whole(1, 8)},
+        64: {16: Whole(1, 4), 32: Whole(1, 8)},
+        128: {16: Whole(1, 8)},
+        256: {16: Whole(1, 8)},
     },
 }
 _TILED_SM_80 = {
-    # (kernel, bytes of an element): size of a head: settings
+    # (kernel, bytes of an element): size of a head: settings, and those of calls with more to them
     ("forward", 2): {
-        16: Tiled(128, 64, 4, 2),
-        32: Tiled(128, 64, 4, 2),
-        64: Tiled(128, 64, 4, 2),
-        128: Tiled(128, 64, 8, 2),
-        256: Tiled(64, 32, 8, 2),
+        16: (Tiled(64, 64, 4, 2), Tiled(64, 32, 4, 2)),
+        32: (Tiled(64, 64, 4, 2), Tiled(64, 32, 4, 2)),
+        64: (Tiled(128, 64, 8, 2), Tiled(64, 32, 4, 2)),
+        128: (Tiled(64, 32, 4, 2), Tiled(32, 32, 8, 1)),
+        256: (Tiled(32, 32, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("query", 2): {
-        16: Tiled(64, 64, 4, 2),
-        32: Tiled(64, 64, 4, 2),
-        64: Tiled(64, 64, 4, 2),
-        128: Tiled(64, 32, 8, 2),
-        256: Tiled(32, 32, 8, 1),
+        16: (Tiled(64, 64, 4, 2), Tiled(32, 32, 4, 2)),
+        32: (Tiled(64, 64, 4, 2), Tiled(32, 32, 4, 2)),
+        64: (Tiled(128, 64, 8, 2), Tiled(32, 32, 4, 2)),
+        128: (Tiled(32, 32, 8, 1), Tiled(16, 32, 8, 1)),
+        256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("key", 2): {
-        16: Tiled(64, 64, 4, 2),
-        32: Tiled(64, 64, 4, 2),
-        64: Tiled(32, 64, 4, 2),
-        128: Tiled(32, 64, 8, 2),
-        256: Tiled(32, 32, 8, 1),
+        16: (Tiled(32, 64, 4, 2), Tiled(32, 32, 8, 1)),
+        32: (Tiled(32, 64, 4, 2), Tiled(32, 32, 8, 1)),
+        64: (Tiled(32, 64, 8, 2), Tiled(32, 32, 8, 1)),
+        128: (Tiled(32, 32, 8, 1), Tiled(16, 32, 8, 1)),
+        256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("forward", 4): {
-        16: Tiled(64, 32, 4, 1),
-        32: Tiled(64, 32, 4, 1),
-        64: Tiled(64, 32, 8, 1),
-        128: Tiled(32, 32, 8, 1),
-        256: Tiled(16, 16, 8, 1),
+        16: (Tiled(64, 32, 8, 1), Tiled(32, 32, 8, 1)),
+        32: (Tiled(64, 32, 8, 1), Tiled(32, 32, 8, 1)),
+        64: (Tiled(64, 32, 8, 1), Tiled(32, 32, 8, 1)),
+        128: (Tiled(32, 32, 8, 1), Tiled(16, 16, 8, 1)),
+        256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("query", 4): {
-        16: Tiled(32, 32, 4, 1),
-        32: Tiled(32, 32, 4, 1),
-        64: Tiled(32, 32, 8, 1),
-        128: Tiled(16, 16, 8, 1),
-        256: Tiled(16, 16, 8, 1),
+        16: (Tiled(32, 32, 8, 1), Tiled(16, 32, 8, 1)),
+        32: (Tiled(32, 32, 8, 1), Tiled(16, 32, 8, 1)),
+        64: (Tiled(32, 32, 8, 1), Tiled(16, 32, 8, 1)),
+        128: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
+        256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("key", 4): {
-        16: Tiled(32, 32, 4, 1),
-        32: Tiled(32, 32, 4, 1),
-        64: Tiled(32, 32, 8, 1),
-        128: Tiled(16, 16, 8, 1),
-        256: Tiled(16, 16, 8, 1),
+        16: (Tiled(32, 32, 4, 1), Tiled(32, 32, 8, 1)),
+        32: (Tiled(32, 32, 4, 1), Tiled(32, 32, 8, 1)),
+        64: (Tiled(32, 32, 4, 1), Tiled(32, 32, 8, 1)),
+        128: (Tiled(16, 32, 8, 1), Tiled(16, 16, 8, 1)),
+        256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
 }
-_WHOLE = {"sm_80": _WHOLE_SM_80}
-_TILED = {"sm_80": _TILED_SM_80}
+_WHOLE_SM_90 = _WHOLE_SM_80 | {
+    (True, 2): _WHOLE_SM_80[True, 2] | {64: {16: Whole(4, 4), 32: Whole(1, 2), 64: Whole(1, 8)}},
+}
+_TILED_SM_90 = _TILED_SM_80 | {
+    ("forward", 2): _TILED_SM_80["forward", 2] | {64: (Tiled(128, 64, 8, 2),) * 2},
+    ("query", 2): _TILED_SM_80["query", 2] | {64: (Tiled(128, 64, 8, 2), Tiled(64, 32, 4, 2))},
+    ("key", 2): _TILED_SM_80["key", 2] | {64: (Tiled(32, 64, 4, 2), Tiled(32, 64, 8, 2))},
+}
+_WHOLE = {"sm_80": _WHOLE_SM_80, "sm_90": _WHOLE_SM_90}
+_TILED = {"sm_80": _TILED_SM_80, "sm_90": _TILED_SM_90}
 """By architecture; "sm_80" holds for every GPU that is not named. Chosen by what kernels take of a
 GPU: as many rows as leave no register spilled."""
 
 
-def whole(arch: str, dtype: torch.dtype, length: int, size: int, *, backward: bool) -> Whole | None:
-    """Settings for sequences of `length` rows and heads padded to `size`; None: they are long."""
-    table = _WHOLE.get(arch, _WHOLE["sm_80"])[backward, dtype.itemsize][size]
-    return next((cut for cut in table if length <= cut.rows), None)
+def whole(arch: str, dtype: torch.dtype, rows: int, size: int, *, backward: bool) -> Whole | None:
+    """Settings for sequences and heads padded to `rows` and `size`; None: they are too long."""
+    return _WHOLE.get(arch, _WHOLE["sm_80"])[backward, dtype.itemsize][size].get(rows)
 
 
-def tiled(arch: str, dtype: torch.dtype, size: int, kernel: str) -> Tiled:
-    """Settings for sequences that are longer: of "forward", or of backward's "query" and "key"."""
-    return _TILED.get(arch, _TILED["sm_80"])[kernel, dtype.itemsize][size]
+def tiled(arch: str, dtype: torch.dtype, size: int, kernel: str, *, laden: bool) -> Tiled:
+    """Settings for longer sequences: of "forward", or of backward's "query" and "key".
+
+    laden: Whether a mask, prefix, window, causal order or gates of channels take registers, too.
+    """
+    return _TILED.get(arch, _TILED["sm_80"])[kernel, dtype.itemsize][size][laden]
 
 
 class _Call(NamedTuple):
@@ -800,10 +808,15 @@ class _Call(NamedTuple):
     sizes: tuple[int | float, ...]
     """Strides, `shape`, `reach` and scale."""
     constants: dict[str, Any]
+    laden: bool
 
     @property
     def length(self) -> int:
         return self.prefixes + self.tokens
+
+    @property
+    def rows(self) -> int:
+        return _triton.padded(self.length)
 
     @property
     def sequences(self) -> int:
@@ -845,7 +858,8 @@ def _call(
         "LIMITED": causal or window is not None,
         "BLOCK_D": _triton.padded(D),
     }
-    return _Call(B, G, H, L, P, sizes, constants)
+    laden = constants["LIMITED"] or key_mask is not None or P > 0 or constants["E"] > 1
+    return _Call(B, G, H, L, P, sizes, constants, laden)
 
 
 def _steps(x: Tensor | None, unit: int) -> tuple[int, ...]:
@@ -917,11 +931,11 @@ def forward(
     tensors = *rows, key_mask, gate, out, prefix_out
     arch, size = _triton.architecture(query.device), call.constants["BLOCK_D"]
     constants = call.constants | _operands(query.dtype, arch, backward=False)
-    cut = whole(arch, query.dtype, call.length, size, backward=False)
+    cut = whole(arch, query.dtype, call.rows, size, backward=False)
     if cut is not None:
         _launch_whole(short_forward_kernel, cut, call, tensors, call.sizes, constants)
     else:
-        cut = tiled(arch, query.dtype, size, "forward")
+        cut = tiled(arch, query.dtype, size, "forward", laden=call.laden)
         rows_each = call.length if prefix_query is not None else call.tokens
         blocks = triton.cdiv(rows_each, cut.queries)
         _launch_tiled(forward_kernel, cut, call, blocks, tensors, call.sizes, constants)
@@ -943,7 +957,7 @@ def _launch_whole(
         *sizes,
         **constants,
         TILES=cut.tiles,
-        ROWS=cut.rows,
+        ROWS=call.rows,
         num_warps=cut.warps,
         num_stages=1,
     )
@@ -1004,10 +1018,12 @@ def backward(
     )
     arch, size = _triton.architecture(query.device), call.constants["BLOCK_D"]
     constants = call.constants | _operands(query.dtype, arch, backward=True)
-    cut = whole(arch, query.dtype, call.length, size, backward=True)
+    cut = whole(arch, query.dtype, call.rows, size, backward=True)
     sizes = *_steps(grad_out, unit), *_steps(grad_prefix_out, unit), *call.sizes
     if cut is None:
-        cut_q, cut_k = (tiled(arch, query.dtype, size, kernel) for kernel in ("query", "key"))
+        cut_q, cut_k = (
+            tiled(arch, query.dtype, size, kernel, laden=call.laden) for kernel in ("query", "key")
+        )
         rows_each = call.length if prefix_query is not None else call.tokens
         blocks = triton.cdiv(rows_each, cut_q.queries)
 
