@@ -31,7 +31,8 @@ help: ## print this list
 	@echo
 	@echo "Each target installs what it needs into $(VENV). Settings: PYTHON=python3.12 chooses the"
 	@echo "interpreter, TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 where pip finds torch,"
-	@echo "VD_BUILD_CPP=0|1 (after make clean) whether the C++ is left out, or must be built."
+	@echo "VD_BUILD_CPP=0|1, VD_BUILD_CUDA=0|1 (after make clean) whether C++ or CUDA is left out, or"
+	@echo "must be built."
 
 answer: $(INSTALLED) ## answer questions about the sample video; VIDEO=, QUESTIONS=, FIGURE= to change
 	$(VENV)/bin/videodistill answer "$(VIDEO)" $(QUESTIONS) --figure "$(FIGURE)"
@@ -62,7 +63,7 @@ default-model: $(INSTALLED) ## make the bundled model again: videos, encoder, fe
 
 clean: ## remove what was built and cached; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	rm -f vd_kernels/_C.*.so vd_kernels/_cpu.*.so vd_kernels/_build_info.json $(INSTALLED)
+	rm -f vd_kernels/_C.*.so vd_kernels/_cpu.*.so vd_kernels/_cuda.*.so vd_kernels/_build_info.json $(INSTALLED)
 	find vd_kernels videodistill benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.created:

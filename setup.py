@@ -1,13 +1,15 @@
-"""Compiles csrc/ into two libraries. Metadata and dependencies are in pyproject.toml.
+"""Compiles csrc/ into three libraries. Metadata and dependencies are in pyproject.toml.
 
-`vd_kernels._C` tells what was built and what the machine can run; `vd_kernels/_cpu` holds the
-operators' C++ kernels, for LibTorch's stable ABI.
+`vd_kernels._C` tells what was built and what the machine can run; `vd_kernels/_cpu` and
+`vd_kernels/_cuda` hold the operators' C++ and CUDA kernels, for LibTorch's stable ABI.
 
-VD_BUILD_CPP    unset: build them, and when that fails install without them and record why
+VD_BUILD_CPP    unset: build the first two, and when that fails install without and record why
                 1: build them or fail          0: do not build them
+VD_BUILD_CUDA   the same for the third; unset, it is built where torch is built for CUDA
 VD_SANITIZE     address, thread: let sanitizers watch what they do (`make sanitize`)
-CXX, CXXFLAGS, LDFLAGS are honoured; kernels are compiled for what CXX compiles for. The outcome is
-recorded beside the libraries in `_build_info.json`, and `python -m vd_kernels` prints it.
+CXX, CXXFLAGS, LDFLAGS are honoured; kernels are compiled for what CXX compiles for. NVCC names
+CUDA's compiler. The outcome is recorded beside the libraries in `_build_info.json`, and
+`python -m vd_kernels` prints it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -49,6 +52,14 @@ KERNEL_FLAGS = (
     "-Wno-psabi",
     "-Wno-uninitialized",  # GCC 12 finds it in its own AVX-512 header
     "-Wno-maybe-uninitialized",
+)
+CUDA_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",  # as -ffp-contract=off
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 )
 SANITIZERS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
@@ -99,6 +110,17 @@ def torch_folder() -> Path:
             "--no-build-isolation"
         )
     return Path(spec.origin).parent
+
+
+def cuda_compiler() -> str:
+    """CUDA's compiler, where torch has a use for what it compiles."""
+    told = (torch_folder() / "version.py").read_text(encoding="utf-8")
+    if not re.search(r"^cuda\b.*= *['\"]", told, re.MULTILINE):
+        raise BuildError("this torch is built for CPUs only, or for AMD's GPUs")
+    found = shutil.which(os.environ.get("NVCC", "nvcc"))
+    if found is None:
+        raise BuildError("CUDA's compiler nvcc is not found: set NVCC to where it is")
+    return found
 
 
 class Unit(NamedTuple):
@@ -158,6 +180,30 @@ def link_flags(ext: Extension) -> list[str]:
     return [*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
 
+def cuda_plan(ext: Extension, target: Path) -> str:
+    """The same as `ninja_plan` for CUDA sources."""
+    from ninja.ninja_syntax import escape_path
+
+    folder = torch_folder()
+    flags = [*CUDA_FLAGS, f"-I{ROOT / 'csrc'}", f"-isystem={folder / 'include'}", "-DUSE_CUDA"]
+    flags.append(f"-DTORCH_TARGET_VERSION={TORCH_ABI}")
+    libraries = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+    lines = [
+        "rule compile",
+        f"  command = {ninja_command([cuda_compiler(), *flags])} -MMD -MF $out.d -c $in -o $out",
+        "  deps = gcc",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {ninja_command([cuda_compiler(), '-shared'])} $in "
+        f"{ninja_command(libraries)} -o $out",
+    ]
+    objects = [f"{source.replace('/', '_')}.o" for source in ext.sources]
+    for source, compiled in zip(ext.sources, objects, strict=True):
+        lines.append(f"build {compiled}: compile {escape_path(str(ROOT / source))}")
+    lines.append(f"build {escape_path(str(target))}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
 def ninja_command(arguments: list[str]) -> str:
     return shlex.join(arguments).replace("$", "$$")
 
@@ -189,7 +235,9 @@ def compile_extension(ext: Extension, target: Path, folder: Path, version: str) 
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        (folder / "build.ninja").write_text(ninja_plan(ext, target, version), encoding="utf-8")
+        cuda = ext.name.endswith("._cuda")
+        plan = cuda_plan(ext, target) if cuda else ninja_plan(ext, target, version)
+        (folder / "build.ninja").write_text(plan, encoding="utf-8")
     except ImportError as error:
         raise BuildError(f"the build tool {error.name} is not installed") from error
     run = subprocess.run(
@@ -232,17 +280,16 @@ class BuildCompiled(build_ext):
 
     def try_build(self, ext: Extension, target: Path) -> str:
         """Empty when built, else why not."""
-        wanted = build_setting("VD_BUILD_CPP", ("0", "1"))
+        setting = "VD_BUILD_CUDA" if ext.name.endswith("._cuda") else "VD_BUILD_CPP"
+        wanted = build_setting(setting, ("0", "1"))
         if wanted == "0":
-            return "VD_BUILD_CPP=0 when it was installed"
+            return f"{setting}=0 when it was installed"
         try:
             folder = Path(self.build_temp).resolve() / ext.name
             compile_extension(ext, target, folder, self.distribution.get_version())
         except BuildError as error:
             if wanted == "1":
-                raise SystemExit(
-                    f"VD_BUILD_CPP=1, but {ext.name} cannot be built: {error}"
-                ) from None
+                raise SystemExit(f"{setting}=1, but {ext.name} cannot be built: {error}") from None
             return str(error)
         return ""
 
@@ -264,5 +311,6 @@ setup(
             sources=["csrc/common/levels.cpp", *COMMON, *THREADS, *KERNELS],
             optional=True,
         ),
+        Extension("vd_kernels._cuda", sources=["csrc/topk_sampling/cuda.cu"], optional=True),
     ],
 )

@@ -32,8 +32,11 @@ MOST_HEADS = 2**31 - 1
 """Heads of all tokens together that Triton kernels take at most: grids are no longer."""
 LARGEST_ROW = 4096
 """Frames to choose from that Triton kernels take at most: a row of them lies on chip."""
+LARGEST_CUDA_ROW = 1024
+"""The same of CUDA kernels: a row lies in the registers of one warp."""
 _BUILD_RECORD = Path(__file__).with_name("_build_info.json")
 _CPU_KERNELS = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
+_CUDA_KERNELS = Path(__file__).with_name(f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
 class BackendError(ValueError, RuntimeError):
@@ -44,7 +47,7 @@ class BackendError(ValueError, RuntimeError):
 class Backend:
     """One backend.
 
-    operators: those that it implements, on machines where it runs.
+    operators: those that it implements, if only some of their methods, on machines where it runs.
     lacks: in words, all that keeps it from running here; empty when it runs.
     """
 
@@ -169,6 +172,8 @@ def _refuses(
         return ""
     if name == "triton":
         return _triton_refuses(tensor, heads, frames, forced)
+    if name == "cuda":
+        return _cuda_refuses(tensor, frames)
     if not tensor.is_cpu:
         return f"it takes tensors on the CPU, got one on {tensor.device}"
     return _refuses_double(tensor) or load_cpu_kernels()
@@ -193,6 +198,17 @@ def _triton_refuses(
     return _too_old(tensor.device.index) if tensor.is_cuda else ""
 
 
+def _cuda_refuses(tensor: Tensor, frames: int) -> str:
+    if not tensor.is_cuda:
+        lacks = f"it takes tensors on an NVIDIA GPU, got one on {tensor.device}"
+        return "; ".join([lacks, *_INSPECT["cuda"]()[1]])
+    if reason := _refuses_double(tensor) or load_cuda_kernels():
+        return reason
+    if frames > LARGEST_CUDA_ROW:
+        return f"it takes up to {LARGEST_CUDA_ROW} frames to choose from, got {frames}"
+    return _too_old(tensor.device.index)
+
+
 def _refuses_double(tensor: Tensor) -> str:
     if tensor.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16; float64 runs on the reference"
@@ -201,7 +217,7 @@ def _refuses_double(tensor: Tensor) -> str:
 
 @functools.lru_cache
 def _too_old(index: int) -> str:
-    """Why Triton's kernels do not run on a GPU; empty when they do."""
+    """Why our kernels do not run on a GPU; empty when they do."""
     major, minor = torch.cuda.get_device_capability(index)
     if torch.version.hip is None and major < 8:
         return f"it takes NVIDIA GPUs from compute capability 8.0 on, got {major}.{minor}"
@@ -251,9 +267,18 @@ def load_cpu_kernels() -> str:
 
     The first call decides: a failure is remembered with its cause.
     """
-    path = _CPU_KERNELS
+    return _load_kernels("_cpu", _CPU_KERNELS)
+
+
+@functools.lru_cache(maxsize=1)
+def load_cuda_kernels() -> str:
+    """The same for the CUDA kernels."""
+    return _load_kernels("_cuda", _CUDA_KERNELS)
+
+
+def _load_kernels(library: str, path: Path) -> str:
     if not path.exists():
-        return _build_failure("_cpu") or f"{path.name} is missing beside vd_kernels: install again"
+        return _build_failure(library) or f"{path.name} is missing beside vd_kernels: install again"
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
@@ -344,7 +369,7 @@ def _backend(name: str) -> Backend:
     operators = tuple(
         operator
         for operator, tables in _implementations().items()
-        if all(name in table for table in tables)
+        if any(name in table for table in tables)
     )
     if not operators:
         lacks = (f"no operator has a {_LANGUAGES[name]} implementation in this version", *lacks)
@@ -378,7 +403,8 @@ def _cpp() -> tuple[str, tuple[str, ...]]:
 
 
 def _cuda() -> tuple[str, tuple[str, ...]]:
-    return "NVIDIA GPUs", tuple(_no_cuda())
+    lacks = [reason] if (reason := load_cuda_kernels()) else []
+    return "NVIDIA GPUs", tuple(lacks + _no_cuda())
 
 
 def _triton() -> tuple[str, tuple[str, ...]]:

@@ -4,9 +4,14 @@
 #pragma once
 
 #include "common/simd.h"
+#include "topk_sampling/coefficients.h"
 
 namespace vd {
 namespace VD_ISA {
+
+using topk_sampling::kLargestNormal;
+using topk_sampling::kLog2;
+using topk_sampling::kProbit;
 
 // One counter of Philox lies in each 64-bit lane; only the lower half of a lane counts.
 typedef uint64_t W __attribute__((vector_size(4 * kLanes)));
@@ -14,8 +19,7 @@ typedef uint64_t W __attribute__((vector_size(4 * kLanes)));
 constexpr int kQuads = kLanes / 2;  // counters of a vector; each serves four frames, a quad
 // The maps from words work on several vectors in step: one alone would wait for each result.
 constexpr int kStep = 4;
-constexpr int kGroup = kStep * kLanes;            // what is drawn comes in multiples of this
-constexpr float kLargestNormal = 0x1.95a1d4p+2f;  // no normal is further from 0
+constexpr int kGroup = kStep * kLanes;  // what is drawn comes in multiples of this
 
 VD_INLINE W broadcast_word(uint32_t x) { return x - W{}; }
 
@@ -121,15 +125,6 @@ class Philox {
   uint32_t row_high_;
   uint64_t row_product_;
 };
-
-// log2(1 + h) / h over 1/sqrt(2) <= 1 + h < sqrt(2), lowest power first.
-constexpr float kLog2[] = {0x1.715476p+0f,  -0x1.715470p-1f, 0x1.ec73d6p-2f,
-                           -0x1.715c4ep-2f, 0x1.26d384p-2f,  -0x1.e95be8p-3f,
-                           0x1.b9c91cp-3f,  -0x1.a87d02p-3f, 0x1.01b6c6p-3f};
-// |z| / (1 - 2p) in powers of sqrt(3 - log2(4p (1 - p))) - 4, lowest first.
-constexpr float kProbit[] = {0x1.00932ap+2f,   0x1.4ef5b6p+0f,   -0x1.a90c08p-6f, 0x1.5c2a52p-9f,
-                             0x1.de2860p-10f,  -0x1.c678f4p-9f,  0x1.75a73cp-9f,  -0x1.db4796p-13f,
-                             -0x1.1f54e0p-11f, 0x1.0e46cap-14f,  0x1.58abc8p-15f};
 
 template <int kTerms>
 VD_INLINE void polynomial(const float (&coefficients)[kTerms], const F* x, F* sum) {

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from vd_kernels._version import __version__
 
@@ -80,7 +81,7 @@ def compiled(built: Build) -> ModuleType:
 
 def test_build_is_recorded_and_tells_what_it_is(built: Build, compiled: ModuleType) -> None:
     info = compiled.build_info()
-    assert built.record == {"_C": "", "_cpu": ""}
+    assert built.record["_C"] == built.record["_cpu"] == ""
     assert info["version"] == __version__
     x86 = platform.machine() in ("x86_64", "AMD64")
     assert info["cpu_isa"] == (LEVELS if x86 else ("scalar",))
@@ -148,9 +149,22 @@ def test_build_can_be_left_out(tmp_path: Path) -> None:
     assert "VD_BUILD_CPP=0" in result.record["_C"]
 
 
+def test_without_cuda_the_install_goes_on_and_says_why(built: Build, tmp_path: Path) -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch is built for CUDA")
+    assert "built for CPUs only" in built.record["_cuda"]
+    result = build(tmp_path, VD_BUILD_CPP="0", VD_BUILD_CUDA="1")
+    assert result.returncode != 0
+    assert "VD_BUILD_CUDA=1, but vd_kernels._cuda cannot be built: this torch" in result.output
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
-    [("VD_BUILD_CPP", "yes", "0, 1"), ("VD_SANITIZE", "memory", "address, thread")],
+    [
+        ("VD_BUILD_CPP", "yes", "0, 1"),
+        ("VD_BUILD_CUDA", "yes", "0, 1"),
+        ("VD_SANITIZE", "memory", "address, thread"),
+    ],
 )
 def test_unknown_setting_names_the_allowed_ones(
     name: str, value: str, allowed: str, tmp_path: Path

@@ -172,7 +172,7 @@ def _gather_backward_cpp(
 def _empty_choice(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Weights [R,K,N], in which nothing is chosen yet, and room for indices [R,K]."""
     rows, frames = scores.shape
-    return torch.zeros(rows, k, frames), torch.empty(rows, k, dtype=torch.int64)
+    return scores.new_zeros(rows, k, frames), scores.new_empty(rows, k, dtype=torch.int64)
 
 
 def _noise_rows(noise: Tensor | None) -> Tensor | None:
@@ -191,6 +191,138 @@ def _contiguous(run: Callable) -> Callable:
     return contiguous
 
 
+def _hard_cuda(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
+    weights, indices = _empty_choice(scores, k)
+    torch.ops.vd._topk_hard_cuda.default(
+        rows_contiguous(scores), k, order == "score", weights, indices
+    )
+    return weights, indices
+
+
+def _perturbed_cuda(
+    scores: Tensor,
+    k: int,
+    sigma: float,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+    gradient: str,
+) -> tuple[Tensor, Tensor]:
+    weights, indices = _empty_choice(scores, k)
+    torch.ops.vd._topk_perturbed_cuda.default(
+        rows_contiguous(scores),
+        k,
+        sigma,
+        samples,
+        _samples_each(scores, samples),
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        order == "score",
+        _empty_plan(scores),
+        weights,
+        indices,
+    )
+    return weights, indices
+
+
+def _perturbed_backward_cuda(
+    grad: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    sigma: float,
+    samples: int,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+    gradient: str,
+) -> Tensor:
+    if sigma <= 2.0**-150:  # 0 in float32
+        return scores.new_zeros(scores.shape)
+    each, diagonal = _samples_each(scores, samples), gradient == "diagonal"
+    groups = -(-samples // each)
+    rows, frames = scores.shape
+    parts = scores.new_zeros((rows, groups, frames) if diagonal else (rows, samples))
+    found = scores.new_empty(scores.shape)
+    torch.ops.vd._topk_perturbed_backward_cuda.default(
+        rows_contiguous(grad),
+        rows_contiguous(scores),
+        indices.contiguous(),
+        sigma,
+        samples,
+        each,
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        order == "score",
+        diagonal,
+        _empty_plan(scores),
+        parts,
+        found,
+    )
+    return parts.sum(1).div_(samples).div_(sigma) if diagonal else found
+
+
+def _gumbel_cuda(
+    scores: Tensor,
+    k: int,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+) -> tuple[Tensor, Tensor]:
+    weights, indices = _empty_choice(scores, k)
+    torch.ops.vd._topk_gumbel_cuda.default(
+        rows_contiguous(scores),
+        k,
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        order == "score",
+        weights,
+        indices,
+    )
+    return weights, indices
+
+
+def _gumbel_backward_cuda(
+    grad: Tensor,
+    scores: Tensor,
+    indices: Tensor,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+) -> Tensor:
+    found = scores.new_empty(scores.shape)
+    torch.ops.vd._topk_gumbel_backward_cuda.default(
+        rows_contiguous(grad),
+        rows_contiguous(scores),
+        indices.contiguous(),
+        temperature,
+        seed,
+        row_offset,
+        _noise_rows(noise),
+        found,
+    )
+    return found
+
+
+def _empty_plan(scores: Tensor) -> Tensor:
+    """Room for what the CUDA kernels note of each row."""
+    rows, frames = scores.shape
+    return scores.new_empty(rows, 2 * frames + 3, dtype=torch.int32)
+
+
+def _samples_each(scores: Tensor, samples: int) -> int:
+    """How many samples of a row a warp draws: 8,192 warps are to have some, if there are enough."""
+    return min(max(1, len(scores) * samples // 8192), 64)
+
+
 def _on_triton(name: str) -> Callable:
     """The Triton kernels' function of that name; Triton is imported when it is first used."""
 
@@ -206,35 +338,46 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     name: {
         "cpp": cpp,
         "triton": _on_triton(name),
+        **({"cuda": cuda} if cuda else {}),
         "reference": _contiguous(getattr(reference, name)),
     }
-    for name, cpp in {
-        "hard": _hard_cpp,
-        "perturbed": _perturbed_cpp,
-        "perturbed_backward": _perturbed_backward_cpp,
-        "gumbel": _gumbel_cpp,
-        "gumbel_backward": _gumbel_backward_cpp,
-        "lapsum": _lapsum_cpp,
-        "lapsum_backward": _lapsum_backward_cpp,
-        "gather": _gather_cpp,
-        "gather_backward": _gather_backward_cpp,
+    for name, (cpp, cuda) in {
+        "hard": (_hard_cpp, _hard_cuda),
+        "perturbed": (_perturbed_cpp, _perturbed_cuda),
+        "perturbed_backward": (_perturbed_backward_cpp, _perturbed_backward_cuda),
+        "gumbel": (_gumbel_cpp, _gumbel_cuda),
+        "gumbel_backward": (_gumbel_backward_cpp, _gumbel_backward_cuda),
+        "lapsum": (_lapsum_cpp, None),
+        "lapsum_backward": (_lapsum_backward_cpp, None),
+        "gather": (_gather_cpp, None),
+        "gather_backward": (_gather_backward_cpp, None),
     }.items()
 }
 """For each operator its implementations by backend, the fastest first."""
 
-_CPP_NOISE = "Tensor seed, int row_offset, Tensor? noise"
-_CPP_CHOICE = "bool by_score, Tensor(a!) weights, Tensor(b!) indices) -> ()"
+_GIVEN_NOISE = "Tensor seed, int row_offset, Tensor? noise"
+_WRITTEN_CHOICE = "bool by_score, Tensor(a!) weights, Tensor(b!) indices) -> ()"
 for _schema in (
-    f"hard_cpp(Tensor scores, int k, {_CPP_CHOICE}",
-    f"perturbed_cpp(Tensor scores, int k, float sigma, int samples, {_CPP_NOISE}, {_CPP_CHOICE}",
+    f"hard_cpp(Tensor scores, int k, {_WRITTEN_CHOICE}",
+    f"perturbed_cpp(Tensor scores, int k, float sigma, int samples, {_GIVEN_NOISE}, "
+    f"{_WRITTEN_CHOICE}",
     "perturbed_backward_cpp(Tensor grad, Tensor scores, Tensor indices, float sigma, int samples, "
-    f"{_CPP_NOISE}, bool by_score, bool diagonal, Tensor(a!) grad_scores) -> ()",
-    f"gumbel_cpp(Tensor scores, int k, {_CPP_NOISE}, {_CPP_CHOICE}",
+    f"{_GIVEN_NOISE}, bool by_score, bool diagonal, Tensor(a!) grad_scores) -> ()",
+    f"gumbel_cpp(Tensor scores, int k, {_GIVEN_NOISE}, {_WRITTEN_CHOICE}",
     "gumbel_backward_cpp(Tensor grad, Tensor scores, Tensor indices, float temperature, "
-    f"{_CPP_NOISE}, Tensor(a!) grad_scores) -> ()",
-    f"lapsum_cpp(Tensor scores, int k, float temperature, {_CPP_CHOICE}",
+    f"{_GIVEN_NOISE}, Tensor(a!) grad_scores) -> ()",
+    f"lapsum_cpp(Tensor scores, int k, float temperature, {_WRITTEN_CHOICE}",
     "lapsum_backward_cpp(Tensor grad, Tensor scores, int k, float temperature, "
     "Tensor(a!) grad_scores) -> ()",
+    f"hard_cuda(Tensor scores, int k, {_WRITTEN_CHOICE}",
+    f"perturbed_cuda(Tensor scores, int k, float sigma, int samples, int each, {_GIVEN_NOISE}, "
+    "bool by_score, Tensor(a!) plan, Tensor(b!) weights, Tensor(c!) indices) -> ()",
+    "perturbed_backward_cuda(Tensor grad, Tensor scores, Tensor indices, float sigma, int samples, "
+    f"int each, {_GIVEN_NOISE}, bool by_score, bool diagonal, Tensor(a!) plan, Tensor(b!) parts, "
+    "Tensor(c!) grad_scores) -> ()",
+    f"gumbel_cuda(Tensor scores, int k, {_GIVEN_NOISE}, {_WRITTEN_CHOICE}",
+    "gumbel_backward_cuda(Tensor grad, Tensor scores, Tensor indices, float temperature, "
+    f"{_GIVEN_NOISE}, Tensor(a!) grad_scores) -> ()",
     "gather_cpp(Tensor values, Tensor weights, Tensor indices, Tensor(a!) out) -> ()",
     "gather_backward_cpp(Tensor grad, Tensor values, Tensor weights, Tensor indices, "
     "Tensor(a!)? grad_values, Tensor(b!)? grad_weights) -> ()",
