@@ -21,6 +21,8 @@ from vd_kernels._version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+# A build of everything takes long where other work shares the processor.
+pytestmark = pytest.mark.timeout(400)
 MODULE_FILE = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 
 
@@ -57,7 +59,7 @@ def build(folder: Path, *, inplace: bool = False, **environment: str) -> Build:
         env=inherited | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=390,
     )
     package = (source if inplace else source / "lib") / "vd_kernels"
     return Build(run.returncode, run.stdout + run.stderr, package)
