@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -303,6 +304,19 @@ def load_triton() -> str:
         version = _installed_version("triton")
         return f"triton {version} cannot be used ({error}): install 3.6 or newer"
     return ""
+
+
+def triton_function(package: str, name: str) -> Callable:
+    """A function of an operator's triton_kernels.py, which is imported when it is first called.
+
+    package: The operator's folder in vd_kernels.
+    """
+
+    def run(*arguments: Any) -> Any:
+        module = importlib.import_module(f"vd_kernels.{package}.triton_kernels")
+        return getattr(module, name)(*arguments)
+
+    return run
 
 
 def triton_is_interpreted() -> bool:

@@ -90,27 +90,14 @@ def _forward_reference(query: Tensor, *arguments: Any) -> tuple[Tensor | None, T
     return out if out is None else out.contiguous(), gate if gate is None else gate.contiguous()
 
 
-# Triton is imported when it is first used.
-def _forward_triton(*arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-    from vd_kernels.language_gate import triton_kernels
-
-    return triton_kernels.forward(*arguments)
-
-
-def _backward_triton(*arguments: Any) -> tuple[Tensor | None, ...]:
-    from vd_kernels.language_gate import triton_kernels
-
-    return triton_kernels.backward(*arguments)
-
-
 FORWARD: dict[str, Callable] = {
     "cpp": _forward_cpp,
-    "triton": _forward_triton,
+    "triton": backends.triton_function("language_gate", "forward"),
     "reference": _forward_reference,
 }
 BACKWARD: dict[str, Callable] = {
     "cpp": _backward_cpp,
-    "triton": _backward_triton,
+    "triton": backends.triton_function("language_gate", "backward"),
     "reference": reference.backward,
 }
 """By backend, the fastest first."""

@@ -114,27 +114,14 @@ def _forward_reference(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor |
     return out.contiguous(), prefix_out if prefix_out is None else prefix_out.contiguous()
 
 
-# Triton is imported when it is first used.
-def _forward_triton(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    from vd_kernels.spacetime_attention import triton_kernels
-
-    return triton_kernels.forward(*arguments)
-
-
-def _backward_triton(*arguments: Any) -> tuple[Tensor | None, ...]:
-    from vd_kernels.spacetime_attention import triton_kernels
-
-    return triton_kernels.backward(*arguments)
-
-
 FORWARD: dict[str, Callable] = {
     "cpp": _forward_cpp,
-    "triton": _forward_triton,
+    "triton": backends.triton_function("spacetime_attention", "forward"),
     "reference": _forward_reference,
 }
 BACKWARD: dict[str, Callable] = {
     "cpp": _backward_cpp,
-    "triton": _backward_triton,
+    "triton": backends.triton_function("spacetime_attention", "backward"),
     "reference": reference.backward,
 }
 """By backend, the fastest first."""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vd_kernels._checks import rows_contiguous
+
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 15  # counters at a time: the working set stays in a core's second-level cache
 
@@ -79,6 +81,11 @@ def _noise(
     for part, words in _words(rows, samples, frames, seed, row_offset, device):
         noise[part] = of_words(words)[..., :frames]
     return noise
+
+
+def noise_rows(noise: Tensor | None) -> Tensor | None:
+    """Noise that was given, as compiled kernels read it: rows of float32, whatever lies between."""
+    return None if noise is None else rows_contiguous(noise.float())
 
 
 def normal_of(words: Tensor) -> Tensor:

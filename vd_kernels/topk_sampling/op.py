@@ -15,12 +15,64 @@ from torch import Tensor
 from vd_kernels import _library, backends
 from vd_kernels._checks import rows_contiguous
 from vd_kernels.topk_sampling import reference
+from vd_kernels.topk_sampling.noise import noise_rows
+
+_LAID: dict[str, Callable[[Tensor], Tensor]] = {"cpp": Tensor.contiguous, "cuda": rows_contiguous}
+"""How the compiled kernels of a backend want scores and gradients to lie in memory."""
 
 
-def _hard_cpp(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
-    weights, indices = _empty_choice(scores, k)
-    torch.ops.vd._topk_hard_cpp.default(scores.contiguous(), k, order == "score", weights, indices)
-    return weights, indices
+def _hard(backend: str) -> Callable:
+    laid = _LAID[backend]
+
+    def run(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
+        weights, indices = _empty_choice(scores, k)
+        kernel = getattr(torch.ops.vd, f"_topk_hard_{backend}").default
+        kernel(laid(scores), k, order == "score", weights, indices)
+        return weights, indices
+
+    return run
+
+
+def _gumbel(backend: str) -> Callable:
+    laid = _LAID[backend]
+
+    def run(
+        scores: Tensor,
+        k: int,
+        temperature: float,
+        seed: Tensor,
+        row_offset: int,
+        noise: Tensor | None,
+        order: str,
+    ) -> tuple[Tensor, Tensor]:
+        weights, indices = _empty_choice(scores, k)
+        drawn = seed, row_offset, noise_rows(noise)
+        kernel = getattr(torch.ops.vd, f"_topk_gumbel_{backend}").default
+        kernel(laid(scores), k, *drawn, order == "score", weights, indices)
+        return weights, indices
+
+    return run
+
+
+def _gumbel_backward(backend: str) -> Callable:
+    laid = _LAID[backend]
+
+    def run(
+        grad: Tensor,
+        scores: Tensor,
+        indices: Tensor,
+        temperature: float,
+        seed: Tensor,
+        row_offset: int,
+        noise: Tensor | None,
+    ) -> Tensor:
+        found = scores.new_empty(scores.shape)
+        drawn = seed, row_offset, noise_rows(noise)
+        kernel = getattr(torch.ops.vd, f"_topk_gumbel_backward_{backend}").default
+        kernel(laid(grad), laid(scores), indices.contiguous(), temperature, *drawn, found)
+        return found
+
+    return run
 
 
 def _perturbed_cpp(
@@ -42,7 +94,7 @@ def _perturbed_cpp(
         samples,
         seed,
         row_offset,
-        _noise_rows(noise),
+        noise_rows(noise),
         order == "score",
         weights,
         indices,
@@ -73,55 +125,9 @@ def _perturbed_backward_cpp(
         samples,
         seed,
         row_offset,
-        _noise_rows(noise),
+        noise_rows(noise),
         order == "score",
         gradient == "diagonal",
-        found,
-    )
-    return found
-
-
-def _gumbel_cpp(
-    scores: Tensor,
-    k: int,
-    temperature: float,
-    seed: Tensor,
-    row_offset: int,
-    noise: Tensor | None,
-    order: str,
-) -> tuple[Tensor, Tensor]:
-    weights, indices = _empty_choice(scores, k)
-    torch.ops.vd._topk_gumbel_cpp.default(
-        scores.contiguous(),
-        k,
-        seed,
-        row_offset,
-        _noise_rows(noise),
-        order == "score",
-        weights,
-        indices,
-    )
-    return weights, indices
-
-
-def _gumbel_backward_cpp(
-    grad: Tensor,
-    scores: Tensor,
-    indices: Tensor,
-    temperature: float,
-    seed: Tensor,
-    row_offset: int,
-    noise: Tensor | None,
-) -> Tensor:
-    found = torch.empty(scores.shape)
-    torch.ops.vd._topk_gumbel_backward_cpp.default(
-        grad.contiguous(),
-        scores.contiguous(),
-        indices.contiguous(),
-        temperature,
-        seed,
-        row_offset,
-        _noise_rows(noise),
         found,
     )
     return found
@@ -175,10 +181,6 @@ def _empty_choice(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.new_zeros(rows, k, frames), scores.new_empty(rows, k, dtype=torch.int64)
 
 
-def _noise_rows(noise: Tensor | None) -> Tensor | None:
-    return None if noise is None else rows_contiguous(noise.float())
-
-
 def _contiguous(run: Callable) -> Callable:
     """The function with results that are contiguous, as the fakes say."""
 
@@ -189,14 +191,6 @@ def _contiguous(run: Callable) -> Callable:
         return tuple(x if x is None else x.contiguous() for x in results)
 
     return contiguous
-
-
-def _hard_cuda(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
-    weights, indices = _empty_choice(scores, k)
-    torch.ops.vd._topk_hard_cuda.default(
-        rows_contiguous(scores), k, order == "score", weights, indices
-    )
-    return weights, indices
 
 
 def _perturbed_cuda(
@@ -219,7 +213,7 @@ def _perturbed_cuda(
         _samples_each(scores, samples),
         seed,
         row_offset,
-        _noise_rows(noise),
+        noise_rows(noise),
         order == "score",
         _empty_plan(scores),
         weights,
@@ -256,7 +250,7 @@ def _perturbed_backward_cuda(
         each,
         seed,
         row_offset,
-        _noise_rows(noise),
+        noise_rows(noise),
         order == "score",
         diagonal,
         _empty_plan(scores),
@@ -264,52 +258,6 @@ def _perturbed_backward_cuda(
         found,
     )
     return parts.sum(1).div_(samples).div_(sigma) if diagonal else found
-
-
-def _gumbel_cuda(
-    scores: Tensor,
-    k: int,
-    temperature: float,
-    seed: Tensor,
-    row_offset: int,
-    noise: Tensor | None,
-    order: str,
-) -> tuple[Tensor, Tensor]:
-    weights, indices = _empty_choice(scores, k)
-    torch.ops.vd._topk_gumbel_cuda.default(
-        rows_contiguous(scores),
-        k,
-        seed,
-        row_offset,
-        _noise_rows(noise),
-        order == "score",
-        weights,
-        indices,
-    )
-    return weights, indices
-
-
-def _gumbel_backward_cuda(
-    grad: Tensor,
-    scores: Tensor,
-    indices: Tensor,
-    temperature: float,
-    seed: Tensor,
-    row_offset: int,
-    noise: Tensor | None,
-) -> Tensor:
-    found = scores.new_empty(scores.shape)
-    torch.ops.vd._topk_gumbel_backward_cuda.default(
-        rows_contiguous(grad),
-        rows_contiguous(scores),
-        indices.contiguous(),
-        temperature,
-        seed,
-        row_offset,
-        _noise_rows(noise),
-        found,
-    )
-    return found
 
 
 def _empty_plan(scores: Tensor) -> Tensor:
@@ -323,30 +271,19 @@ def _samples_each(scores: Tensor, samples: int) -> int:
     return min(max(1, len(scores) * samples // 8192), 64)
 
 
-def _on_triton(name: str) -> Callable:
-    """The Triton kernels' function of that name; Triton is imported when it is first used."""
-
-    def run(*arguments: Any) -> Tensor | tuple[Tensor | None, ...]:
-        from vd_kernels.topk_sampling import triton_kernels
-
-        return getattr(triton_kernels, name)(*arguments)
-
-    return run
-
-
 IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
     name: {
         "cpp": cpp,
-        "triton": _on_triton(name),
+        "triton": backends.triton_function("topk_sampling", name),
         **({"cuda": cuda} if cuda else {}),
         "reference": _contiguous(getattr(reference, name)),
     }
     for name, (cpp, cuda) in {
-        "hard": (_hard_cpp, _hard_cuda),
+        "hard": (_hard("cpp"), _hard("cuda")),
         "perturbed": (_perturbed_cpp, _perturbed_cuda),
         "perturbed_backward": (_perturbed_backward_cpp, _perturbed_backward_cuda),
-        "gumbel": (_gumbel_cpp, _gumbel_cuda),
-        "gumbel_backward": (_gumbel_backward_cpp, _gumbel_backward_cuda),
+        "gumbel": (_gumbel("cpp"), _gumbel("cuda")),
+        "gumbel_backward": (_gumbel_backward("cpp"), _gumbel_backward("cuda")),
         "lapsum": (_lapsum_cpp, None),
         "lapsum_backward": (_lapsum_backward_cpp, None),
         "gather": (_gather_cpp, None),

@@ -889,7 +889,7 @@ def perturbed(
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.perturbed`."""
-    scores, noise = rows_contiguous(scores), _noise_rows(noise)
+    scores, noise = rows_contiguous(scores), specification.noise_rows(noise)
     indices = _empty_indices(scores, k)
     weights = scores.new_zeros(len(scores), k, scores.shape[1])
     counts = weights.view(torch.int32)  # 0 in both
@@ -923,7 +923,7 @@ def perturbed_backward(
     if sigma <= 2.0**-150:  # 0 in float32
         return torch.zeros_like(scores, memory_format=torch.contiguous_format)
     grad, scores, indices = rows_contiguous(grad), rows_contiguous(scores), indices.contiguous()
-    noise = _noise_rows(noise)
+    noise = specification.noise_rows(noise)
     rows, frames = scores.shape
     draws = _Draws(scores, indices.shape[1], sigma, samples, seed, row_offset, noise, order)
     plan = draws.plan(None)
@@ -967,7 +967,7 @@ def gumbel(
         gumbel=True,
         seed=seed,
         row_offset=row_offset,
-        noise=_noise_rows(noise),
+        noise=specification.noise_rows(noise),
     )
     return weights, indices
 
@@ -982,7 +982,11 @@ def gumbel_backward(
     noise: Tensor | None,
 ) -> Tensor:
     """As `reference.gumbel_backward`."""
-    grad, scores, noise = rows_contiguous(grad), rows_contiguous(scores), _noise_rows(noise)
+    grad, scores, noise = (
+        rows_contiguous(grad),
+        rows_contiguous(scores),
+        specification.noise_rows(noise),
+    )
     found = torch.empty_like(scores, memory_format=torch.contiguous_format)
     rows, frames = scores.shape
     _triton.launch(
@@ -1020,10 +1024,6 @@ def _lapsum(scores: Tensor, grad: Tensor | None, k: int, temperature: float) -> 
         **_whole_row(scores),
     )
     return found
-
-
-def _noise_rows(noise: Tensor | None) -> Tensor | None:
-    return None if noise is None else rows_contiguous(noise.float())
 
 
 # ---------------------------------------------------------------------------------------------
