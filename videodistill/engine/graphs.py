@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from videodistill.model import VideoDistill, VideoDistillOutput
+from videodistill.model.videodistill import (
+    VideoDistill,
+    VideoDistillOutput,
+    even_times,
+    questions_of_each,
+)
 
 _GRAPHS = 32
 _OF_QUESTIONS = ("text_embed", "tokens", "token_mask", "score_bias")
@@ -69,19 +73,14 @@ class GraphRunner:
         if self.model.training:
             raise ValueError("the model is in training mode: call eval() on it first")
         videos, frames = frame_embed.shape[:2]
-        questions, extra = divmod(len(text_embed), videos)
-        if extra or not questions:
-            raise ValueError(
-                f"{len(text_embed)} questions cannot be shared evenly by {videos} videos"
-            )
+        questions = questions_of_each(frame_embed, text_embed)
         pick = self.model.config.pick if pick is None else pick
         if not 1 <= pick <= frames:
             raise ValueError(f"pick must be between 1 and the {frames} frames, got {pick}")
         sizes = (videos, questions, frames, tokens.shape[1])
         rounded = _Sizes(*map(_power_of_two, sizes), pick)
         if times is None:
-            times = (torch.arange(frames, device=frame_embed.device) + 0.5) / frames
-            times = times.expand(videos, frames)
+            times = even_times(frame_embed)
         if frame_mask is None and rounded.frames != frames:
             frame_mask = torch.ones_like(times, dtype=torch.bool)
         given = {

@@ -106,14 +106,9 @@ class VideoDistill(
             ValueError: B is not a positive multiple of V, or K is not in 1..N.
         """
         videos, frames = frame_embed.shape[:2]
-        questions, extra = divmod(len(text_embed), videos)
-        if extra or not questions:
-            raise ValueError(
-                f"{len(text_embed)} questions cannot be shared evenly by {videos} videos"
-            )
+        questions = questions_of_each(frame_embed, text_embed)
         if times is None:
-            times = (torch.arange(frames, device=frame_embed.device) + 0.5) / frames
-            times = times.expand(videos, frames)
+            times = even_times(frame_embed)
 
         if self.config.frame_choice == "learned":
             scores = self.sampler.score_frames(
@@ -156,3 +151,23 @@ class VideoDistill(
     def vocabulary_logits(self, answer_embed: Tensor) -> Tensor:
         """[B, len(config.answers)]; ValueError when the model has no vocabulary."""
         return self.answering.vocabulary_logits(answer_embed)
+
+
+def questions_of_each(frame_embed: Tensor, text_embed: Tensor) -> int:
+    """How many of the questions [B,C_a] are about each of the videos [V,N,C_a].
+
+    Raises:
+        ValueError: B is not a positive multiple of V.
+    """
+    videos = len(frame_embed)
+    questions, extra = divmod(len(text_embed), videos)
+    if extra or not questions:
+        raise ValueError(f"{len(text_embed)} questions cannot be shared evenly by {videos} videos")
+    return questions
+
+
+def even_times(frame_embed: Tensor) -> Tensor:
+    """Times [V,N] of frames [V,N,C_a] that are spread evenly, as fractions of the video."""
+    videos, frames = frame_embed.shape[:2]
+    times = (torch.arange(frames, device=frame_embed.device) + 0.5) / frames
+    return times.expand(videos, frames)
