@@ -23,6 +23,8 @@ from benchmarks.timing import Spread
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
+_VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+"""Instruction sets that decide how fast kernels are, the widest first, as Linux names them."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ class Environment:
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.device}-{self.threads}-threads".lower()).strip(
-            "-"
-        )
+        """Names the folder. Processors of one name may differ in their instruction sets."""
+        widest = next((flag for flag in _VECTORS if flag in self.cpu_flags), "")
+        vectors = f"-{widest}" if self.kind == "cpu" and widest else ""
+        words = f"{self.device}{vectors}-{self.threads}-threads"
+        return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 @dataclass

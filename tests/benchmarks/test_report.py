@@ -158,7 +158,7 @@ def test_tables_say_what_was_measured(results: Results, tmp_path: Path) -> None:
     assert "published form: wrong: result 0: 1 of 2 differ" in page
     assert "50% of empty parallel regions" in page
     plots = [path.name for path in written if path.suffix == ".png"]
-    assert plots == ["performance-made-up-2-threads-spacetime_attention-time-T.png"]
+    assert plots == ["performance-made-up-avx2-2-threads-spacetime_attention-time-T.png"]
     assert all(f"({plot})" in page for plot in plots)
 
 
@@ -260,3 +260,14 @@ def test_bad_input_ends_in_one_line(
         main()
     assert stopped.value.code == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_results_lie_in_a_folder_of_their_processor() -> None:
+    """One name stands for processors with and without wide vectors: they share no folder."""
+    for path in committed():
+        environment = Results.load(path).environment
+        assert path.parent.name == environment.slug
+        if environment.kind == "cpu":
+            narrower = replace(environment, cpu_flags=("avx", "avx2"))
+            plain = replace(environment, cpu_flags=())
+            assert len({environment.slug, narrower.slug, plain.slug}) == 3
