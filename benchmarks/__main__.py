@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import registry, report, results
+from benchmarks import call_cost, registry, report, results
 from benchmarks.cases import DTYPES, Case
 from benchmarks.floors import matmul_rate
 from benchmarks.goals import goals
@@ -101,10 +101,15 @@ def selected(arguments: argparse.Namespace) -> list[Case]:
     ]
 
 
+def _wants_calls(arguments: argparse.Namespace) -> bool:
+    """Whether the cost of calls is asked for, too: like a case, of no dtype, called "calls"."""
+    return not arguments.curves and bool(re.search(arguments.only, "calls"))
+
+
 def _run(arguments: argparse.Namespace) -> None:
     cases = selected(arguments)
     if arguments.list:
-        print("\n".join(case.id for case in cases))
+        print("\n".join(["calls"] * _wants_calls(arguments) + [case.id for case in cases]))
         return
     if any(os.environ.get(name) is None for name in _ENVIRONMENT):
         os.environ |= {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
@@ -123,6 +128,12 @@ def _run(arguments: argparse.Namespace) -> None:
     budget = QUICK if arguments.quick else FULL
     todo = [case for case in cases if arguments.again or case.id not in found.cases]
     print(f"{len(todo)} of {len(cases)} cases to measure, into {path}", flush=True)
+    if _wants_calls(arguments) and (arguments.again or not found.calls):
+        found.calls = call_cost.measure(arguments.device, clock)
+        found.save(path)
+        for name, spread in found.calls.items():
+            over = 1e6 * (spread["public"].median - spread["direct"].median)
+            print(f"call of {name}: {over:.1f} us over its backend", flush=True)
     with _progress(len(todo)) as (say, advance):
         for case in todo:
             dtype = str(case.dtype).removeprefix("torch.")

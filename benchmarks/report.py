@@ -75,6 +75,8 @@ def performance(results: Sequence[Results]) -> str:
         for result in found:
             parts += [f"## {name}: {result.environment.device}", _where(result)]
             parts += ["### Goals", _goal_table(result)]
+            if result.calls:
+                parts += ["### Calls", *_call_parts(result)]
             for operator, cases in _by_operator(result).items():
                 parts.append(f"### {operator}")
                 for case in cases:
@@ -153,6 +155,19 @@ def _case_parts(result: Results, case: CaseResult) -> Iterator[str]:
     left_out = [f"- {entry.name}: {entry.note}" for entry in case.entries if entry.spread is None]
     if left_out:
         yield "\n".join(left_out)
+
+
+def _call_parts(result: Results) -> Iterator[str]:
+    yield (
+        "What a call costs in `torch.inference_mode()` at sizes of next to no work: the public "
+        "function, which checks its arguments and chooses a backend, and that backend alone, given "
+        "the same arguments. Microseconds, medians."
+    )
+    rows = []
+    for name, spread in result.calls.items():
+        public, direct = (1e6 * spread[how].median for how in ("public", "direct"))
+        rows.append([name, f"{public:.1f}", f"{direct:.1f}", f"{public - direct:.1f}"])
+    yield _table(["operator", "public", "backend alone", "difference"], rows)
 
 
 def _by_operator(result: Results) -> dict[str, list[CaseResult]]:

@@ -108,6 +108,8 @@ class Results:
     matmul_rates: dict[str, float] = field(default_factory=dict)
     """By dtype, operations a second of a large square product."""
     cases: dict[str, CaseResult] = field(default_factory=dict)
+    calls: dict[str, dict[str, Spread]] = field(default_factory=dict)
+    """By operator, a tiny call through the "public" function and of a backend's, "direct"."""
 
     def floor(self, case: CaseResult) -> float:
         """Seconds that nothing can undercut: to move the bytes, or to form the products."""
@@ -137,6 +139,10 @@ class Results:
         environment = content.pop("environment")
         environment["cpu_flags"] = tuple(environment["cpu_flags"])
         cases = (_case(case) for case in content.pop("cases"))
+        content["calls"] = {
+            name: {how: Spread(**spread) for how, spread in pair.items()}
+            for name, pair in content.get("calls", {}).items()
+        }
         return cls(Environment(**environment), cases={c.id: c for c in cases}, **content)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,35 +64,6 @@ def check_mask(name: str, mask: object) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         given = _dtype(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor (True where real), got {given}")
-
-
-_passed: set[tuple] = set()
-
-
-def check_once(
-    check: Callable[..., None], tensors: tuple[Tensor | None, ...], settings: tuple[object, ...]
-) -> None:
-    """Call `check(*tensors, *settings)` unless arguments alike in all it looks at have passed.
-
-    It may look at shapes, dtypes and devices of tensors, not at their values, and at settings as
-    they are. Looking a signature up takes a fraction of the time of checking it. Not while
-    compiling, where sizes are symbols.
-    """
-    try:
-        signature = (
-            check,
-            *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
-            settings,
-            *map(type, settings),  # as 1 == 1.0 == True
-        )
-        if signature in _passed:
-            return
-    except (AttributeError, TypeError):  # no tensors, or a list, which is no key
-        return check(*tensors, *settings)
-    check(*tensors, *settings)
-    if len(_passed) >= 4096:  # a service with ever new sizes must not grow
-        _passed.clear()
-    _passed.add(signature)
 
 
 def check_choice(name: str, given: object, allowed: Sequence[str]) -> None:

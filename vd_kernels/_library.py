@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int})
 _LIBRARY = torch.library.Library("vd", "FRAGMENT")
 
 
@@ -81,8 +81,7 @@ def is_observed(*arguments: Any) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return True
-    for x in arguments:  # noqa: SIM110  (any(...) takes twice as long)
-        # Fake tensors and other subclasses have a say in what an operator does with them.
-        if type(x) not in _PLAIN and isinstance(x, Tensor):
-            return True
-    return False
+    # Fake tensors and other subclasses have a say in what an operator does with them.
+    return not _PLAIN.issuperset(map(type, arguments)) and any(
+        isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments
+    )

@@ -120,6 +120,38 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.pop()
 
 
+_plans: dict[tuple, Any] = {}
+
+
+def planned(
+    plan: Callable[..., Any], tensors: tuple[Tensor | None, ...], settings: tuple[object, ...]
+) -> Any:
+    """What `plan(*tensors, *settings)` returns, remembered for arguments alike in all it looks at.
+
+    A plan checks a call's arguments and chooses what runs: it may look at shapes, dtypes and
+    devices of tensors, not at their values, at settings as they are, and at the user's choice of a
+    backend. Looking it up takes a fraction of the time. Not while compiling, where sizes are
+    symbols.
+    """
+    try:
+        key = (
+            plan,
+            _chosen[-1] if _chosen else _environment,
+            *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
+            settings,
+            *map(type, settings),  # as 1 == 1.0 == True
+        )
+        found = _plans.get(key)
+    except (AttributeError, TypeError):  # no tensors, or a list, which is no key
+        return plan(*tensors, *settings)
+    if found is None:
+        found = plan(*tensors, *settings)
+        if len(_plans) >= 4096:  # a service with ever new sizes must not grow
+            _plans.clear()
+        _plans[key] = found
+    return found
+
+
 def choose(
     operation: str,
     implementations: Mapping[str, Callable],

@@ -1,5 +1,6 @@
 // topk_sample and topk_gather on the CPU: unpacks tensors and divides the work.
 #include <algorithm>
+#include <atomic>
 
 #include "common/tensor.h"
 #include "topk_sampling/cpu_kernels.h"
@@ -29,9 +30,19 @@ class Call {
     c.by_score = by_score;
   }
 
-  void results(Tensor& weights, Tensor& indices) {
+  void results(Tensor& weights, Tensor& indices, Tensor& slot_mask) {
     c.weights = floats(weights);
     c.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+    c.slot_mask = static_cast<bool*>(slot_mask.mutable_data_ptr());
+  }
+
+  // How many scores are NaN or +inf: no choice can be made among those.
+  int64_t unordered() const {
+    std::atomic<int64_t> found{0};
+    parallel(c.rows, grain(c.frames), [&](int64_t begin, int64_t end) {
+      found += kernels.unordered(c, begin, end);
+    });
+    return found;
   }
 
   void noise(const Tensor& seed, int64_t row_offset, const MaybeTensor& given) {
@@ -72,18 +83,24 @@ class Call {
   Choice c{};
 };
 
-void hard(Tensor scores, int64_t k, bool by_score, Tensor weights, Tensor indices) {
+// Choices return how many scores are not allowed, and choose only if all are.
+
+int64_t hard(Tensor scores, int64_t k, bool by_score, Tensor weights, Tensor indices,
+             Tensor slot_mask) {
   Call call(scores, k, by_score);
-  call.results(weights, indices);
+  if (const int64_t wrong = call.unordered()) return wrong;
+  call.results(weights, indices, slot_mask);
   call.run(call.kernels.hard, call.c.rows, grain(4 * call.c.frames));
+  return 0;
 }
 
-void perturbed(Tensor scores, int64_t k, double sigma, int64_t samples, Tensor seed,
-               int64_t row_offset, MaybeTensor noise, bool by_score, Tensor weights,
-               Tensor indices) {
+int64_t perturbed(Tensor scores, int64_t k, double sigma, int64_t samples, Tensor seed,
+                  int64_t row_offset, MaybeTensor noise, bool by_score, Tensor weights,
+                  Tensor indices, Tensor slot_mask) {
   Call call(scores, k, by_score);
+  if (const int64_t wrong = call.unordered()) return wrong;
   Choice& c = call.c;
-  call.results(weights, indices);
+  call.results(weights, indices, slot_mask);
   call.noise(seed, row_offset, noise);
   call.perturbed(sigma, samples);
   float* const counts = c.weights;
@@ -92,6 +109,7 @@ void perturbed(Tensor scores, int64_t k, double sigma, int64_t samples, Tensor s
   c.weights = counts;
   call.run(call.kernels.perturbed, c.rows * c.chunks, 1);
   call.run(call.kernels.counts_to_weights, grain(c.slots * c.frames));
+  return 0;
 }
 
 void perturbed_backward(Tensor grad, Tensor scores, Tensor indices, double sigma, int64_t samples,
@@ -110,12 +128,14 @@ void perturbed_backward(Tensor grad, Tensor scores, Tensor indices, double sigma
   call.run(call.kernels.add_chunks, grain(2 * c.chunks * c.frames));
 }
 
-void gumbel(Tensor scores, int64_t k, Tensor seed, int64_t row_offset, MaybeTensor noise,
-            bool by_score, Tensor weights, Tensor indices) {
+int64_t gumbel(Tensor scores, int64_t k, Tensor seed, int64_t row_offset, MaybeTensor noise,
+               bool by_score, Tensor weights, Tensor indices, Tensor slot_mask) {
   Call call(scores, k, by_score);
-  call.results(weights, indices);
+  if (const int64_t wrong = call.unordered()) return wrong;
+  call.results(weights, indices, slot_mask);
   call.noise(seed, row_offset, noise);
   call.run(call.kernels.gumbel, call.c.rows, grain(16 * call.c.frames));
+  return 0;
 }
 
 void gumbel_backward(Tensor grad, Tensor scores, Tensor indices, double temperature, Tensor seed,
@@ -128,11 +148,12 @@ void gumbel_backward(Tensor grad, Tensor scores, Tensor indices, double temperat
   call.run(call.kernels.gumbel_backward, c.rows, grain((16 + 4 * c.slots) * c.frames));
 }
 
-void lapsum(Tensor scores, int64_t k, double temperature, bool by_score, Tensor weights,
-            Tensor indices) {
+int64_t lapsum(Tensor scores, int64_t k, double temperature, bool by_score, Tensor weights,
+               Tensor indices, Tensor slot_mask) {
   Call call(scores, k, by_score);
+  if (const int64_t wrong = call.unordered()) return wrong;
   Choice& c = call.c;
-  call.results(weights, indices);
+  call.results(weights, indices, slot_mask);
   float* const to = c.weights;
   c.weights = nullptr;
   call.run(call.kernels.hard, c.rows, grain(4 * c.frames));
@@ -142,6 +163,7 @@ void lapsum(Tensor scores, int64_t k, double temperature, bool by_score, Tensor 
       lapsum_row(c.scores + r * c.frames, c.frames, k, temperature, &row, to + r * c.frames);
     }
   });
+  return 0;
 }
 
 void lapsum_backward(Tensor grad, Tensor scores, int64_t k, double temperature,

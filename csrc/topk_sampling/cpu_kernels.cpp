@@ -122,8 +122,21 @@ VD_INLINE void write_choice(const Choice& c, int64_t row, const int32_t* chosen,
   for (int64_t k = 0; k < c.slots; ++k) {
     const int64_t slot = row * c.slots + k;
     c.indices[slot] = k < found ? frame_of(chosen[k]) : -1;
+    c.slot_mask[slot] = k < found;
     if (c.weights && k < found) c.weights[slot * c.frames + c.indices[slot]] = 1.0f;
   }
+}
+
+int64_t unordered(const Choice& c, int64_t begin, int64_t end) {
+  const float* scores = c.scores + begin * c.frames;
+  const int64_t count = (end - begin) * c.frames;
+  const float infinity = __builtin_inff();
+  int64_t i = 0, ordered = 0;
+  I of_lane = {};
+  for (; i + kLanes <= count; i += kLanes) of_lane -= load(scores + i) < broadcast(infinity);
+  for (int lane = 0; lane < kLanes; ++lane) ordered += of_lane[lane];
+  for (; i < count; ++i) ordered += scores[i] < infinity;
+  return count - ordered;
 }
 
 void hard(const Choice& c, int64_t begin, int64_t end, float* scratch) {
@@ -462,9 +475,9 @@ void gather_backward_weights(const Gather& g, int64_t begin, int64_t end, float*
 }  // namespace
 
 const topk_sampling::Kernels topk_sampling_kernels = {
-    choice_scratch,     sums_floats, hard,           gumbel, gumbel_backward,
-    perturbed,          counts_to_weights,           perturbed_backward, add_chunks,
-    gather_scratch,     gather,      gather_backward_values, gather_backward_weights,
+    choice_scratch, sums_floats,       unordered,          hard,       gumbel, gumbel_backward,
+    perturbed,      counts_to_weights, perturbed_backward, add_chunks,
+    gather_scratch, gather,            gather_backward_values,         gather_backward_weights,
 };
 
 }  // namespace VD_ISA

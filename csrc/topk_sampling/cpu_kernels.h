@@ -22,6 +22,7 @@ struct Choice {
 
   float* weights;    // [R,K,N]; zeros when a kernel gets them
   int64_t* indices;  // [R,K]
+  bool* slot_mask;   // [R,K]
 
   // "perturbed": a row's n samples are divided into chunks of one task each.
   double sigma;
@@ -58,6 +59,7 @@ struct Kernels {
   int64_t (*choice_scratch)(const Choice&);
   int64_t (*sums_floats)(const Choice&);
   // A task is a row ...
+  int64_t (*unordered)(const Choice&, int64_t begin, int64_t end);  // scores NaN or +inf
   void (*hard)(const Choice&, int64_t begin, int64_t end, float* scratch);
   void (*gumbel)(const Choice&, int64_t begin, int64_t end, float* scratch);
   void (*gumbel_backward)(const Choice&, int64_t begin, int64_t end, float* scratch);

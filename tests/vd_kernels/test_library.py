@@ -175,8 +175,8 @@ def test_opcheck_topk_sampling(dtype: torch.dtype, rows: int, order: str) -> Non
         opcheck("topk_perturbed", x, 3, 0.5, 4, SEED, 2, given, order, "exact")
         opcheck("topk_gumbel", x, 3, 0.7, SEED, 2, None if given is None else given[:, :1], order)
     opcheck("topk_lapsum", x, 3, 0.3, order)
-    weights, indices = torch.ops.vd.topk_hard(x.detach(), 3, order)
-    soft, _ = torch.ops.vd.topk_lapsum(x.detach(), 3, 0.3, order)
+    weights, indices, _ = torch.ops.vd.topk_hard(x.detach(), 3, order)
+    soft, *_ = torch.ops.vd.topk_lapsum(x.detach(), 3, 0.3, order)
     for w in (weights, soft):
         values = normal(rows, 9, 5, dtype=torch.bfloat16, grad=True)
         opcheck("topk_gather", values, w.clone().requires_grad_(), indices)
@@ -430,6 +430,24 @@ def test_a_forced_backend_that_is_missing_says_why(name: str, monkeypatch) -> No
         with use_backend("cuda"), pytest.raises(RuntimeError, match="on backend 'cuda'"):
             FORCED[name]()
         FORCED[name]()
+
+
+@pytest.mark.parametrize("name", FORCED)
+@torch.inference_mode()
+def test_what_a_call_is_remembered_by_holds_the_backend(name: str) -> None:
+    FORCED[name]()
+    for _ in range(2):
+        with use_backend("cuda"), pytest.raises(RuntimeError, match="on backend 'cuda'"):
+            FORCED[name]()
+        FORCED[name]()
+
+
+@torch.inference_mode()
+def test_signatures_do_not_pile_up(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_plans", {})
+    for length in range(1, 4200):
+        language_gate(torch.ones(1, 1, 1, 2), torch.ones(1, length, 1, 2))
+    assert len(backends._plans) < 4096
 
 
 def test_backward_runs_on_the_forced_backend_too() -> None:

@@ -85,6 +85,9 @@ def test_a_mask_is_the_same_as_minus_infinity(method: str) -> None:
             assert not grads[0][~mask].any() and grads[0].isfinite().all()
             assert grads[0][2].any()
         results.append((*sample, *grads))
+    with torch.inference_mode():  # nothing lies between the function and the kernel
+        bare = topk_sample(leaves[1], 5, method=method, mask=mask, sigma=0.5, seed=3)
+        results.append((*bare, *results[0][3:]))
     for one, *others in zip(*results, strict=True):
         assert all(torch.equal(one, other) for other in others)
 
@@ -587,8 +590,19 @@ def test_scores_that_cannot_be_ranked(
 ) -> None:
     x = normal(2, 5)
     x[1, 2] = bad
-    with pytest.raises(ValueError, match=r"scores must be finite in real frames.*in 1 of 10"):
+    wrong = r"scores must be finite in real frames.*in 1 of 10"
+    with pytest.raises(ValueError, match=wrong):
         topk_sample(x, 3, method=method)
+    with torch.inference_mode():  # nothing lies between the function and the kernel
+        for same in (x, x.double(), x.bfloat16(), x.T.contiguous().T, x[:, None]):
+            with pytest.raises(ValueError, match=wrong):
+                topk_sample(same, 3, method=method)
+        # Every place in a vector, and what is left of the last one.
+        for frame in range(70):
+            row = torch.full((1, 70), -math.inf)
+            row[0, frame] = bad
+            with pytest.raises(ValueError, match="in 1 of 70"):
+                topk_sample(row, 3, method=method)
     monkeypatch.setattr(_checks, "_CHECKS_VALUES", False)
     unchecked = topk_sample(x, 3, method=method, seed=0)
     x[1, 2] = -math.inf

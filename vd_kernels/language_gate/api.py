@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from vd_kernels import _library
+from vd_kernels import _library, backends
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -13,7 +16,6 @@ from vd_kernels._checks import (
     check_floating,
     check_mask,
     check_number,
-    check_once,
     check_same_kind,
     check_shape,
     refuse_forward_mode,
@@ -90,14 +92,25 @@ def language_gate(
         _check(query, key, value, gate_value, key_mask, bias, *settings)
         run = torch.ops.vd.language_gate.default
     else:
-        check_once(_check, (query, key, value, gate_value, key_mask, bias), settings)
-        run = op.choose(op.FORWARD, query, value, gate_value)
+        run = backends.planned(_plan, (query, key, value, gate_value, key_mask, bias), settings)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     need_gate = return_gate or value is None
     gated, gate = run(query, key, value, gate_value, key_mask, bias, scale, reduction, need_gate)
     if value is None:
         return gate
     return (gated, gate) if return_gate else gated
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    gate_value: Tensor | None,
+    *others: Any,
+) -> Callable:
+    """What runs, of checked arguments."""
+    _check(query, key, value, gate_value, *others)
+    return op.choose(op.FORWARD, query, value, gate_value)
 
 
 def _check(

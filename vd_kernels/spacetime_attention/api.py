@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vd_kernels import _library
+from vd_kernels import _library, backends
 from vd_kernels._checks import (
     autocast,
     check_choice,
@@ -16,7 +17,6 @@ from vd_kernels._checks import (
     check_integer,
     check_mask,
     check_number,
-    check_once,
     check_same_kind,
     check_shape,
     refuse_forward_mode,
@@ -96,8 +96,7 @@ def spacetime_attention(
         _check(query, key, value, key_mask, gate, *prefixes, *settings)
         run = torch.ops.vd.spacetime_attention.default
     else:
-        check_once(_check, (query, key, value, key_mask, gate, *prefixes), settings)
-        run = op.choose(op.FORWARD, query)
+        run = backends.planned(_plan, (query, key, value, key_mask, gate, *prefixes), settings)
     if axis == "time" and window is not None:
         window = (window,)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -105,6 +104,12 @@ def spacetime_attention(
         query, key, value, axis, window, grid, causal, key_mask, *prefixes, gate, scale
     )
     return out if prefix_query is None else (out, prefix_out)
+
+
+def _plan(query: Tensor, *others: Any) -> Callable:
+    """What runs, of checked arguments."""
+    _check(query, *others)
+    return op.choose(op.FORWARD, query)
 
 
 def _check(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vd_kernels import _library
+from vd_kernels import _library, backends
 from vd_kernels._checks import (
     check_choice,
     check_device,
@@ -16,14 +17,11 @@ from vd_kernels._checks import (
     check_integer,
     check_mask,
     check_number,
-    check_once,
     check_shape,
     may_read_values,
     refuse_forward_mode,
 )
 from vd_kernels.topk_sampling import op
-
-METHODS = ("hard", "perturbed", "gumbel", "lapsum")
 
 
 class TopKSample(NamedTuple):
@@ -127,35 +125,33 @@ def topk_sample(
     if observed:
         refuse_forward_mode("topk_sample", scores)
         _check_sample(scores, mask, noise, *settings)
+        run, ready = getattr(torch.ops.vd, f"topk_{method}").default, False
     else:
-        check_once(_check_sample, (scores, mask, noise), settings)
+        run, ready = backends.planned(_plan_sample, (scores, mask, noise), settings)
     _check_seed(seed)
     if noise is not None and may_read_values(noise) and not noise.isfinite().all():
         raise ValueError("noise must be finite, got NaN or infinity")
-    lead, frames = scores.shape[:-1], scores.shape[-1]
-    rows = _real_scores(scores, mask)
-    if len(lead) != 1:
-        rows = rows.reshape(math.prod(lead), frames)
+    rows = scores if ready else _real_scores(scores, mask)
+    if has_lead := scores.dim() != 2:
+        rows = rows.reshape(math.prod(scores.shape[:-1]), scores.shape[-1])
 
-    run = getattr(torch.ops.vd, f"topk_{method}").default if observed else op.choose(method, rows)
     if method == "hard":
-        weights, indices = run(rows.detach() if observed else rows, k, order)
+        choice = run(rows.detach() if observed else rows, k, order)
     elif method == "lapsum":
-        weights, indices = run(rows, k, float(temperature), order)
+        choice = run(rows, k, float(temperature), order)
     else:
         if noise is not None:
             num_samples = noise.shape[-2]
-            noise = noise.detach().reshape(len(rows), num_samples, frames)
+            noise = noise.detach().reshape(len(rows), num_samples, rows.shape[1])
         # With noise at hand any seed will do, and none may be drawn.
         drawn = (_seed(0 if noise is not None else seed, scores.device), row_offset, noise)
         if method == "perturbed":
-            weights, indices = run(rows, k, float(sigma), num_samples, *drawn, order, gradient)
+            choice = run(rows, k, float(sigma), num_samples, *drawn, order, gradient)
         else:
-            weights, indices = run(rows, k, float(temperature), *drawn, order)
-
-    if len(lead) != 1:
-        weights, indices = weights.view(*lead, *weights.shape[1:]), indices.view(*lead, k)
-    return TopKSample(weights, indices, indices >= 0)
+            choice = run(rows, k, float(temperature), *drawn, order)
+    if has_lead:
+        choice = (x.view(*scores.shape[:-1], *x.shape[1:]) for x in choice)
+    return TopKSample(*choice)
 
 
 def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
@@ -186,12 +182,12 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
     if not isinstance(sample, TopKSample):
         raise TypeError(f"sample must be a TopKSample, got {type(sample).__name__}")
     weights, indices, _ = sample
-    if observed := _library.is_observed(values, weights, indices):
+    if _library.is_observed(values, weights, indices):
         refuse_forward_mode("topk_gather", values, weights)
         _check_gather(values, weights, indices)
+        run = torch.ops.vd.topk_gather.default
     else:
-        check_once(_check_gather, (values, weights, indices), ())
-    run = torch.ops.vd.topk_gather.default if observed else op.choose("gather", values, weights)
+        run = backends.planned(_plan_gather, (values, weights, indices), ())
     if indices.dim() == 2 and values.dim() == 3:
         return run(values, weights, indices)
     lead, frames = indices.shape[:-1], weights.shape[-1]
@@ -203,6 +199,12 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
         indices.reshape(rows, slots),
     )
     return gathered.view(*lead, slots, *inner)
+
+
+def _plan_gather(values: Tensor, weights: Tensor, indices: Tensor) -> Callable:
+    """What runs, of checked arguments."""
+    _check_gather(values, weights, indices)
+    return op.choose("gather", values, weights)
 
 
 def _check_gather(values: Tensor, weights: Tensor, indices: Tensor) -> None:
@@ -225,11 +227,7 @@ def _real_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
         return scores.masked_fill(~(scores < math.inf), -math.inf)
     # NaN or +inf; NaN is the maximum where there is one.
     if scores.numel() and not scores.max().item() < math.inf:
-        wrong = ~(scores < math.inf)
-        raise ValueError(
-            f"scores must be finite in real frames (-inf counts as masked), "
-            f"got NaN or +inf in {int(wrong.sum())} of {wrong.numel()}"
-        )
+        raise op.unordered(int((~(scores < math.inf)).sum()), scores)
     return scores
 
 
@@ -238,9 +236,20 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
-        return seed.reshape(()).to(device)
+        # reshape and to, which change nothing of most seeds, take as long as all checks together
+        return seed if seed.dim() == 0 and seed.device == device else seed.reshape(()).to(device)
     signed = seed - 2**64 if seed >= 2**63 else seed
     return torch.scalar_tensor(signed, dtype=torch.int64, device=device)
+
+
+def _plan_sample(
+    scores: Tensor, mask: Tensor | None, noise: Tensor | None, k: int, method: str, *settings: Any
+) -> tuple[Callable, bool]:
+    """What runs, of checked arguments, and whether it takes the scores as they are."""
+    _check_sample(scores, mask, noise, k, method, *settings)
+    run = op.choose(method, scores)
+    checked = run in op.REFUSES_UNORDERED and may_read_values(scores)
+    return run, checked and mask is None and scores.dtype == torch.float32
 
 
 def _check_sample(
@@ -263,7 +272,7 @@ def _check_sample(
     check_integer("k", k)
     if not 1 <= k <= frames:
         raise ValueError(f"k must be between 1 and the number of frames N = {frames}, got {k}")
-    check_choice("method", method, METHODS)
+    check_choice("method", method, op.METHODS)
     check_choice("order", order, ("time", "score"))
     check_choice("gradient", gradient, ("exact", "diagonal"))
     check_integer("row_offset", row_offset, minimum=0)

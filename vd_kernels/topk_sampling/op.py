@@ -17,41 +17,36 @@ from vd_kernels._checks import rows_contiguous
 from vd_kernels.topk_sampling import reference
 from vd_kernels.topk_sampling.noise import noise_rows
 
+METHODS = ("hard", "perturbed", "gumbel", "lapsum")
+
+Choice = tuple[Tensor, Tensor, Tensor]
+"""Weights, indices and which slots are real, as in `TopKSample`."""
+
 _LAID: dict[str, Callable[[Tensor], Tensor]] = {"cpp": Tensor.contiguous, "cuda": rows_contiguous}
 """How the compiled kernels of a backend want scores and gradients to lie in memory."""
 
 
-def _hard(backend: str) -> Callable:
-    laid = _LAID[backend]
-
-    def run(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
-        weights, indices = _empty_choice(scores, k)
-        kernel = getattr(torch.ops.vd, f"_topk_hard_{backend}").default
-        kernel(laid(scores), k, order == "score", weights, indices)
-        return weights, indices
-
-    return run
+def _hard_cpp(scores: Tensor, k: int, order: str) -> Choice:
+    choice = _empty_choice(scores, k)
+    wrong = torch.ops.vd._topk_hard_cpp.default(scores.contiguous(), k, order == "score", *choice)
+    return _allowed(wrong, scores, choice)
 
 
-def _gumbel(backend: str) -> Callable:
-    laid = _LAID[backend]
-
-    def run(
-        scores: Tensor,
-        k: int,
-        temperature: float,
-        seed: Tensor,
-        row_offset: int,
-        noise: Tensor | None,
-        order: str,
-    ) -> tuple[Tensor, Tensor]:
-        weights, indices = _empty_choice(scores, k)
-        drawn = seed, row_offset, noise_rows(noise)
-        kernel = getattr(torch.ops.vd, f"_topk_gumbel_{backend}").default
-        kernel(laid(scores), k, *drawn, order == "score", weights, indices)
-        return weights, indices
-
-    return run
+def _gumbel_cpp(
+    scores: Tensor,
+    k: int,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+) -> Choice:
+    choice = _empty_choice(scores, k)
+    drawn = seed, row_offset, noise_rows(noise)
+    wrong = torch.ops.vd._topk_gumbel_cpp.default(
+        scores.contiguous(), k, *drawn, order == "score", *choice
+    )
+    return _allowed(wrong, scores, choice)
 
 
 def _gumbel_backward(backend: str) -> Callable:
@@ -85,21 +80,13 @@ def _perturbed_cpp(
     noise: Tensor | None,
     order: str,
     gradient: str,
-) -> tuple[Tensor, Tensor]:
-    weights, indices = _empty_choice(scores, k)
-    torch.ops.vd._topk_perturbed_cpp.default(
-        scores.contiguous(),
-        k,
-        sigma,
-        samples,
-        seed,
-        row_offset,
-        noise_rows(noise),
-        order == "score",
-        weights,
-        indices,
+) -> Choice:
+    choice = _empty_choice(scores, k)
+    drawn = seed, row_offset, noise_rows(noise)
+    wrong = torch.ops.vd._topk_perturbed_cpp.default(
+        scores.contiguous(), k, sigma, samples, *drawn, order == "score", *choice
     )
-    return weights, indices
+    return _allowed(wrong, scores, choice)
 
 
 def _perturbed_backward_cpp(
@@ -133,13 +120,12 @@ def _perturbed_backward_cpp(
     return found
 
 
-def _lapsum_cpp(scores: Tensor, k: int, temperature: float, order: str) -> tuple[Tensor, Tensor]:
-    weights = torch.empty(scores.shape)
-    indices = torch.empty(len(scores), k, dtype=torch.int64)
-    torch.ops.vd._topk_lapsum_cpp.default(
-        scores.contiguous(), k, temperature, order == "score", weights, indices
+def _lapsum_cpp(scores: Tensor, k: int, temperature: float, order: str) -> Choice:
+    choice = torch.empty(scores.shape), *_empty_slots(scores, k)
+    wrong = torch.ops.vd._topk_lapsum_cpp.default(
+        scores.contiguous(), k, temperature, order == "score", *choice
     )
-    return weights, indices
+    return _allowed(wrong, scores, choice)
 
 
 def _lapsum_backward_cpp(grad: Tensor, scores: Tensor, k: int, temperature: float) -> Tensor:
@@ -175,10 +161,34 @@ def _gather_backward_cpp(
     return grads[0], grads[1]
 
 
-def _empty_choice(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Weights [R,K,N], in which nothing is chosen yet, and room for indices [R,K]."""
+def _empty_choice(scores: Tensor, k: int) -> Choice:
+    """Weights [R,K,N], in which nothing is chosen yet, and room for what `_empty_slots` has."""
     rows, frames = scores.shape
-    return scores.new_zeros(rows, k, frames), scores.new_empty(rows, k, dtype=torch.int64)
+    return scores.new_zeros(rows, k, frames), *_empty_slots(scores, k)
+
+
+def _empty_slots(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Room for indices [R,K] and which of them are real [R,K]."""
+    rows = scores.shape[0]  # len() would not keep a symbol
+    return (
+        scores.new_empty(rows, k, dtype=torch.int64),
+        scores.new_empty(rows, k, dtype=torch.bool),
+    )
+
+
+def _allowed(wrong: int, scores: Tensor, choice: Choice) -> Choice:
+    """The choice, unless a kernel found `wrong` scores that no choice can be made among."""
+    if wrong:
+        raise unordered(wrong, scores)
+    return choice
+
+
+def unordered(wrong: int, scores: Tensor) -> ValueError:
+    """What is to be said of scores of which `wrong` are NaN or +inf."""
+    return ValueError(
+        "scores must be finite in real frames (-inf counts as masked), "
+        f"got NaN or +inf in {wrong} of {scores.numel()}"
+    )
 
 
 def _contiguous(run: Callable) -> Callable:
@@ -193,6 +203,41 @@ def _contiguous(run: Callable) -> Callable:
     return contiguous
 
 
+def _masked(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Choice]:
+    """The function that returns weights and indices, with the slots that are real added."""
+
+    def masked(*arguments: Any) -> Choice:
+        weights, indices = run(*arguments)
+        return weights, indices, indices >= 0
+
+    return masked
+
+
+def _hard_cuda(scores: Tensor, k: int, order: str) -> tuple[Tensor, Tensor]:
+    weights, indices, _ = _empty_choice(scores, k)
+    torch.ops.vd._topk_hard_cuda.default(
+        rows_contiguous(scores), k, order == "score", weights, indices
+    )
+    return weights, indices
+
+
+def _gumbel_cuda(
+    scores: Tensor,
+    k: int,
+    temperature: float,
+    seed: Tensor,
+    row_offset: int,
+    noise: Tensor | None,
+    order: str,
+) -> tuple[Tensor, Tensor]:
+    weights, indices, _ = _empty_choice(scores, k)
+    drawn = seed, row_offset, noise_rows(noise)
+    torch.ops.vd._topk_gumbel_cuda.default(
+        rows_contiguous(scores), k, *drawn, order == "score", weights, indices
+    )
+    return weights, indices
+
+
 def _perturbed_cuda(
     scores: Tensor,
     k: int,
@@ -204,7 +249,7 @@ def _perturbed_cuda(
     order: str,
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
-    weights, indices = _empty_choice(scores, k)
+    weights, indices, _ = _empty_choice(scores, k)
     torch.ops.vd._topk_perturbed_cuda.default(
         rows_contiguous(scores),
         k,
@@ -271,39 +316,53 @@ def _samples_each(scores: Tensor, samples: int) -> int:
     return min(max(1, len(scores) * samples // 8192), 64)
 
 
-IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
-    name: {
+def _by_backend(name: str, cpp: Callable, cuda: Callable | None = None) -> dict[str, Callable]:
+    """The implementations of topk_<name>. Of the choices only the C++ ones tell of real slots."""
+    complete = _masked if name in METHODS else lambda run: run
+    return {
         "cpp": cpp,
-        "triton": backends.triton_function("topk_sampling", name),
-        **({"cuda": cuda} if cuda else {}),
-        "reference": _contiguous(getattr(reference, name)),
+        "triton": complete(backends.triton_function("topk_sampling", name)),
+        **({"cuda": complete(cuda)} if cuda else {}),
+        "reference": _contiguous(complete(getattr(reference, name))),
     }
-    for name, (cpp, cuda) in {
-        "hard": (_hard("cpp"), _hard("cuda")),
-        "perturbed": (_perturbed_cpp, _perturbed_cuda),
-        "perturbed_backward": (_perturbed_backward_cpp, _perturbed_backward_cuda),
-        "gumbel": (_gumbel("cpp"), _gumbel("cuda")),
-        "gumbel_backward": (_gumbel_backward("cpp"), _gumbel_backward("cuda")),
-        "lapsum": (_lapsum_cpp, None),
-        "lapsum_backward": (_lapsum_backward_cpp, None),
-        "gather": (_gather_cpp, None),
-        "gather_backward": (_gather_backward_cpp, None),
-    }.items()
+
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {
+    "hard": _by_backend("hard", _hard_cpp, _hard_cuda),
+    "perturbed": _by_backend("perturbed", _perturbed_cpp, _perturbed_cuda),
+    "perturbed_backward": _by_backend(
+        "perturbed_backward", _perturbed_backward_cpp, _perturbed_backward_cuda
+    ),
+    "gumbel": _by_backend("gumbel", _gumbel_cpp, _gumbel_cuda),
+    "gumbel_backward": _by_backend(
+        "gumbel_backward", _gumbel_backward("cpp"), _gumbel_backward("cuda")
+    ),
+    "lapsum": _by_backend("lapsum", _lapsum_cpp),
+    "lapsum_backward": _by_backend("lapsum_backward", _lapsum_backward_cpp),
+    "gather": _by_backend("gather", _gather_cpp),
+    "gather_backward": _by_backend("gather_backward", _gather_backward_cpp),
 }
 """For each operator its implementations by backend, the fastest first."""
 
+REFUSES_UNORDERED = frozenset(IMPLEMENTATIONS[method]["cpp"] for method in METHODS)
+"""Implementations that find NaN and +inf among the scores themselves, and refuse them."""
+
 _GIVEN_NOISE = "Tensor seed, int row_offset, Tensor? noise"
 _WRITTEN_CHOICE = "bool by_score, Tensor(a!) weights, Tensor(b!) indices) -> ()"
+# The number of scores that no choice can be made among.
+_TRIED_CHOICE = (
+    "bool by_score, Tensor(a!) weights, Tensor(b!) indices, Tensor(c!) slot_mask) -> int"
+)
 for _schema in (
-    f"hard_cpp(Tensor scores, int k, {_WRITTEN_CHOICE}",
+    f"hard_cpp(Tensor scores, int k, {_TRIED_CHOICE}",
     f"perturbed_cpp(Tensor scores, int k, float sigma, int samples, {_GIVEN_NOISE}, "
-    f"{_WRITTEN_CHOICE}",
+    f"{_TRIED_CHOICE}",
     "perturbed_backward_cpp(Tensor grad, Tensor scores, Tensor indices, float sigma, int samples, "
     f"{_GIVEN_NOISE}, bool by_score, bool diagonal, Tensor(a!) grad_scores) -> ()",
-    f"gumbel_cpp(Tensor scores, int k, {_GIVEN_NOISE}, {_WRITTEN_CHOICE}",
+    f"gumbel_cpp(Tensor scores, int k, {_GIVEN_NOISE}, {_TRIED_CHOICE}",
     "gumbel_backward_cpp(Tensor grad, Tensor scores, Tensor indices, float temperature, "
     f"{_GIVEN_NOISE}, Tensor(a!) grad_scores) -> ()",
-    f"lapsum_cpp(Tensor scores, int k, float temperature, {_WRITTEN_CHOICE}",
+    f"lapsum_cpp(Tensor scores, int k, float temperature, {_TRIED_CHOICE}",
     "lapsum_backward_cpp(Tensor grad, Tensor scores, int k, float temperature, "
     "Tensor(a!) grad_scores) -> ()",
     f"hard_cuda(Tensor scores, int k, {_WRITTEN_CHOICE}",
@@ -340,27 +399,26 @@ def _define(name: str, schema: str, fake: Callable) -> None:
     _library.define(f"topk_{name}{schema}", kernel, fake)
 
 
-def _choice(scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _choice(scores: Tensor, k: int, *_: Any) -> Choice:
     rows, frames = scores.shape
-    return scores.new_empty(rows, k, frames), scores.new_empty(rows, k, dtype=torch.int64)
+    return scores.new_empty(rows, k, frames), *_empty_slots(scores, k)
 
 
-def _soft_choice(scores: Tensor, k: int, *_: Any) -> tuple[Tensor, Tensor]:
-    rows, frames = scores.shape
-    return scores.new_empty(rows, frames), scores.new_empty(rows, k, dtype=torch.int64)
+def _soft_choice(scores: Tensor, k: int, *_: Any) -> Choice:
+    return scores.new_empty(scores.shape), *_empty_slots(scores, k)
 
 
 def _like_scores(grad: Tensor, scores: Tensor, *_: Any) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-_define("hard", "(Tensor scores, int k, str order) -> (Tensor, Tensor)", _choice)
+_define("hard", "(Tensor scores, int k, str order) -> (Tensor, Tensor, Tensor)", _choice)
 
 _NOISE = "Tensor seed, SymInt row_offset, Tensor? noise"
 _define(
     "perturbed",
     f"(Tensor scores, int k, float sigma, int samples, {_NOISE}, str order, str gradient)"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     _choice,
 )
 _define(
@@ -371,7 +429,7 @@ _define(
 )
 _define(
     "gumbel",
-    f"(Tensor scores, int k, float temperature, {_NOISE}, str order) -> (Tensor, Tensor)",
+    f"(Tensor scores, int k, float temperature, {_NOISE}, str order) -> (Tensor, Tensor, Tensor)",
     _choice,
 )
 _define(
@@ -381,7 +439,7 @@ _define(
 )
 _define(
     "lapsum",
-    "(Tensor scores, int k, float temperature, str order) -> (Tensor, Tensor)",
+    "(Tensor scores, int k, float temperature, str order) -> (Tensor, Tensor, Tensor)",
     _soft_choice,
 )
 _define(
@@ -405,14 +463,14 @@ _define(
 )
 
 
-def _setup_perturbed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_perturbed(ctx: Any, inputs: tuple, output: Choice) -> None:
     scores, _, sigma, samples, seed, row_offset, noise, order, gradient = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(scores, output[1], seed, noise)
     ctx.settings = (sigma, samples), row_offset, (order, gradient)
 
 
-def _perturbed_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _perturbed_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     scores, indices, seed, noise = ctx.saved_tensors
     before, row_offset, after = ctx.settings
     found = torch.ops.vd.topk_perturbed_backward(
@@ -421,13 +479,13 @@ def _perturbed_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, 
     return found, *[None] * 8
 
 
-def _setup_gumbel(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_gumbel(ctx: Any, inputs: tuple, output: Choice) -> None:
     scores, _, ctx.temperature, seed, ctx.row_offset, noise, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(scores, output[1], seed, noise)
 
 
-def _gumbel_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _gumbel_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     scores, indices, seed, noise = ctx.saved_tensors
     found = torch.ops.vd.topk_gumbel_backward(
         grad, scores, indices, ctx.temperature, seed, ctx.row_offset, noise
@@ -435,13 +493,13 @@ def _gumbel_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...
     return found, *[None] * 6
 
 
-def _setup_lapsum(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_lapsum(ctx: Any, inputs: tuple, output: Choice) -> None:
     scores, ctx.k, ctx.temperature, _ = inputs
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(scores)
 
 
-def _lapsum_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _lapsum_gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (scores,) = ctx.saved_tensors
     return torch.ops.vd.topk_lapsum_backward(grad, scores, ctx.k, ctx.temperature), *[None] * 3
 
