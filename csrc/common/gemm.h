@@ -47,23 +47,30 @@ VD_INLINE void tile(int64_t k, const float* a, Strides sa, const float* b, int64
   }
 }
 
-template <bool kPairs, int kRows, int kVectors>
-void rows_left(int64_t m, int64_t k, const float* a, Strides sa, const float* b, int64_t sb,
-               float* c, int64_t sc, bool add) {
-  if (m == kRows) return tile<kPairs, kRows, kVectors>(k, a, sa, b, sb, c, sc, add);
-  if constexpr (kRows > 1) rows_left<kPairs, kRows - 1, kVectors>(m, k, a, sa, b, sb, c, sc, add);
+// A tile of m rows, kLeast <= m <= kMost.
+template <bool kPairs, int kLeast, int kMost, int kVectors>
+VD_INLINE void tile_of(int64_t m, int64_t k, const float* a, Strides sa, const float* b, int64_t sb,
+                       float* c, int64_t sc, bool add) {
+  constexpr int kMiddle = (kLeast + kMost) / 2;
+  if constexpr (kLeast == kMost) {
+    tile<kPairs, kMost, kVectors>(k, a, sa, b, sb, c, sc, add);
+  } else if (m <= kMiddle) {
+    tile_of<kPairs, kLeast, kMiddle, kVectors>(m, k, a, sa, b, sb, c, sc, add);
+  } else {
+    tile_of<kPairs, kMiddle + 1, kMost, kVectors>(m, k, a, sa, b, sb, c, sc, add);
+  }
 }
 
+// Tiles are as alike as they can be: one of few rows would leave multipliers waiting for sums.
 template <bool kPairs, int kVectors>
 void columns(int64_t m, int64_t k, const float* a, Strides sa, const float* b, int64_t sb, float* c,
              int64_t sc, bool add) {
-  int64_t i = 0;
-  for (; i + kTileRows <= m; i += kTileRows) {
-    tile<kPairs, kTileRows, kVectors>(k, a + i * sa.row, sa, b, sb, c + i * sc, sc, add);
-  }
-  if (i < m) {
-    rows_left<kPairs, kTileRows - 1, kVectors>(m - i, k, a + i * sa.row, sa, b, sb, c + i * sc, sc,
-                                               add);
+  const int32_t tiles = static_cast<int32_t>((m + kTileRows - 1) / kTileRows);
+  int32_t left = tiles;
+  for (int64_t i = 0; i < m; --left) {
+    const int64_t rows = (static_cast<int32_t>(m - i) + left - 1) / left;
+    tile_of<kPairs, 1, kTileRows, kVectors>(rows, k, a + i * sa.row, sa, b, sb, c + i * sc, sc, add);
+    i += rows;
   }
 }
 

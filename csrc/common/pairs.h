@@ -36,6 +36,18 @@ VD_INLINE void load_units(const T* from, int64_t n, int64_t width, float* to, fl
   for (; i < n; ++i) std::memcpy(reinterpret_cast<T*>(to) + i, from + i, sizeof(T));
 }
 
+#if VD_NARROWS_TWO
+// Where elements 0, 32, 1, 33, ... of two vectors, or 0, 16, 1, 17, ... of one lie: the lower half of
+// each row woven with the other's, and from lane 16 on the upper.
+VD_INLINE __m512i woven(int first, int apart) {
+  U places;
+  VD_UNROLL for (int i = 0; i < kLanes; ++i) {
+    places[i] = static_cast<uint32_t>(first + i) | static_cast<uint32_t>(first + i + apart) << 16;
+  }
+  return (__m512i)places;
+}
+#endif
+
 // Rows to sum over: a matrix's rows, `stride` units apart. What is multiplied by them has one unit for
 // each unit of rows.
 struct Stack {
@@ -52,6 +64,15 @@ VD_INLINE Stack stack_of(const float* rows, int64_t stride, int64_t n, int64_t w
     const auto* even = reinterpret_cast<const BFloat16*>(rows + i * stride);
     const auto* odd = reinterpret_cast<const BFloat16*>(rows + (i + 1) * stride);
     float* const to = room + i / 2 * width;
+#if VD_NARROWS_TWO
+    for (int64_t d = 0; d < width; d += 2 * kLanes) {
+      const __m512i a = _mm512_loadu_si512(even + d);
+      const __m512i b = i + 1 < n ? _mm512_loadu_si512(odd + d) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, woven(0, 32), b));
+      _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(a, woven(16, 32), b));
+    }
+    continue;
+#endif
     for (int64_t d = 0; d < width; d += kLanes) {
       const U low = (U)load(even + d) >> 16;
       store(to + d, i + 1 < n ? (F)(low | (U)load(odd + d)) : (F)low);
@@ -76,6 +97,11 @@ VD_INLINE Left over_rows(const float* weights, int64_t n, int64_t stride, int64_
     const float* from = weights + j * stride;
     float* const to = room + j / 2 * stride;
     for (int64_t i = 0; i < columns; i += kLanes) {
+#if VD_NARROWS_TWO
+      const U both = narrowed_both(load(from + i), j + 1 < n ? load(from + stride + i) : F{});
+      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(woven(0, 16), (__m512i)both));
+      continue;
+#endif
       const U low = rounded(load(from + i));
       store(to + i, j + 1 < n ? (F)(low | rounded(load(from + stride + i)) << 16) : (F)low);
     }

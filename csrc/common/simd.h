@@ -275,6 +275,19 @@ VD_INLINE H narrowed(F x, const BFloat16*) {
 #endif
 }
 
+template <typename T>
+constexpr bool is_bfloat16 = false;
+template <>
+inline constexpr bool is_bfloat16<BFloat16> = true;
+
+// Whether two vectors are narrowed to bfloat16 at once.
+#if defined(__AVX512BF16__) && VD_INTRINSICS == 512
+#define VD_NARROWS_TWO 1
+VD_INLINE U narrowed_both(F first, F second) {
+  return (U)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+#endif
+
 VD_INLINE H narrowed(F x, const Half*) {
 #if VD_INTRINSICS == 512
   return (H)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
@@ -326,6 +339,12 @@ VD_INLINE void load_row(const T* from, int64_t n, float* to, float factor = 1.0f
 template <typename T>
 VD_INLINE void store_row(const float* from, int64_t n, float factor, T* to) {
   int64_t i = 0;
+#if VD_NARROWS_TWO
+  for (; is_bfloat16<T> && i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const U both = narrowed_both(load(from + i) * factor, load(from + i + kLanes) * factor);
+    std::memcpy(to + i, &both, sizeof both);
+  }
+#endif
   for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i) * factor);
   for (; i < n; ++i) narrow(from[i] * factor, to + i);
 }
@@ -363,6 +382,20 @@ VD_INLINE void stream(T* to, F x) {
 #else
   store(to, x);
 #endif
+}
+
+// The first n of floats, times `factor`; n fills whole vectors.
+template <typename T>
+VD_INLINE void stream_row(const float* from, int64_t n, float factor, T* to) {
+  int64_t i = 0;
+#if VD_NARROWS_TWO && VD_STREAMS
+  for (; is_bfloat16<T> && i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const U both = narrowed_both(load(from + i) * factor, load(from + i + kLanes) * factor);
+    if (reinterpret_cast<uintptr_t>(to + i) % sizeof both != 0) break;
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), (__m512i)both);
+  }
+#endif
+  for (; i < n; i += kLanes) stream(to + i, load(from + i) * factor);
 }
 
 // Streamed data is seen by other threads only after this.

@@ -441,9 +441,7 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
   for (int64_t i = 0; i < rows; ++i) {
     T* to = to_query + ((b * g.length + first + i) * g.heads + h) * g.width;
     if (around_query) {
-      for (int64_t d = 0; d < g.width; d += kLanes) {
-        stream(to + d, load(room.grad_query + i * width + d) * factor);
-      }
+      stream_row(room.grad_query + i * width, g.width, factor, to);
     } else {
       store_row(room.grad_query + i * width, g.width, factor, to);
     }

@@ -20,7 +20,13 @@ namespace spacetime_attention {
 namespace {
 
 // Queries that are computed together, whole vectors of them: their scores stay in the nearest caches.
-int64_t block_of(int64_t keys) { return keys <= 512 ? 48 : 16; }
+int64_t block_of(int64_t keys) { return keys <= 512 ? 64 : 32; }
+
+// A sequence's queries: its tokens, then the prefixes' own. Either may be left out.
+struct Queries {
+  int64_t tokens, prefixes;
+  int64_t count() const { return tokens + prefixes; }
+};
 
 // Which of the keys that were gathered belong to a token: before[i] tokens were gathered before it.
 int64_t count_real(const Sequence& s, int32_t* before) {
@@ -50,28 +56,36 @@ VD_INLINE void gather(const Sequence& s, const Prefix& prefix, const Video& x,
   }
 }
 
-// Some rows of units: where they lie if they can be read as they are, else a copy.
+// Some rows of units: where they lie if they can be read as they are, else a copy. Either way there
+// is something to read up to a whole number of vectors of rows.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
+// Of the queries from `first` on what `x` holds of tokens and `prefix` of prefixes.
 template <typename T>
-VD_INLINE Rows rows_of(const Sequence& s, const Video& x, int64_t first, int64_t rows,
-                       int64_t width, float* room) {
+VD_INLINE Rows rows_of(const Sequence& s, const Video& x, const Prefix& prefix,
+                       const Queries& queries, int64_t first, int64_t rows, int64_t width,
+                       float* room) {
   constexpr int64_t each = sizeof(float) / sizeof(T);  // elements of a unit
+  const int64_t tokens = smaller(rows, queries.tokens - first);
   if constexpr (each == 1 || kPaired<T>) {
     // Frames lie far apart, often by a multiple of what makes them share the same few cache lines.
     const bool even = s.a.axis == Axis::kSpace ||
                       (s.a.axis == Axis::kJoint && x.frame == s.a.patches * x.patch);
-    if (even && x.patch % each == 0 && s.a.width == width) {
+    if (even && x.patch % each == 0 && s.a.width == width && tokens == rows &&
+        rows % kLanes == 0) {
       return {reinterpret_cast<const float*>(s.at<T>(x, first)), x.patch / each};
     }
   }
   const int64_t step = units_of<T>(width);
   const Walk<T> walk(s, x);
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < tokens; ++i) {
     load_units(walk[first + i], s.a.width, width, room + i * step);
+  }
+  for (int64_t i = larger(0, tokens); i < rows; ++i) {
+    load_units(s.at<T>(prefix, first + i - queries.tokens), s.a.width, width, room + i * step);
   }
   return {room, step};
 }
@@ -84,7 +98,7 @@ struct Room {
   Carver carve;
   float *key, *value;  // [keys, units]
   float* query;        // [block, units]
-  float *key_columns, *value_stack, *scores, *weights, *left, *result, *gate, *shares, *prefix;
+  float *query_columns, *value_stack, *weights, *left, *result, *gate, *shares;
   int32_t* before;
 
   Room(const Arguments& a, float* scratch)
@@ -96,15 +110,13 @@ struct Room {
         key(carve.take(keys * units)),
         value(carve.take(keys * units)),
         query(carve.take(block * units)),
-        key_columns(carve.take(keys * units)),
+        query_columns(carve.take(block * units)),
         value_stack(carve.take(paired(units_of<T>(keys) * width))),
-        scores(carve.take(block * keys)),
         weights(carve.take(keys * block)),
         left(carve.take(paired(units_of<T>(keys) * block))),
         result(carve.take(block * width)),
         gate(carve.take(width)),
         shares(carve.take(block)),
-        prefix(carve.take(units)),
         before(reinterpret_cast<int32_t*>(carve.take(a.length + 1))) {}
 
   static int64_t paired(int64_t floats) { return kPaired<T> ? floats : 0; }
@@ -118,23 +130,23 @@ int64_t forward_scratch(const Arguments& a) {
 }
 
 // Weights of some queries over all keys, not yet normalised: room.weights [keys, block], a query to a
-// column. room.shares makes each sum to 1. `first` is the first query's token, or negative for
-// prefixes, which see everything.
+// column. room.shares makes each sum to 1.
 template <typename T>
-void attend(const Sequence& s, const Room<T>& room, const Rows& query, int64_t first, int64_t rows,
-            int64_t keys) {
-  const int64_t padded = round_up(keys, kLanes);
-  gemm<kPaired<T>>(rows, keys, units_of<T>(s.a.width), query.data, {query.stride, 1},
-                   room.key_columns, padded, room.scores, padded, false);
-  for (int64_t i = 0; kPaired<T> && i < rows * padded; i += kLanes) {
-    store(room.scores + i, load(room.scores + i) * s.a.scale);  // keys are as they were given
+void attend(const Sequence& s, const Room<T>& room, const Rows& query, const Queries& queries,
+            int64_t first, int64_t rows, int64_t keys) {
+  const int64_t block = room.block;
+  transpose(rows, units_of<T>(s.a.width), query.data, query.stride, room.query_columns, block);
+  gemm<kPaired<T>>(keys, rows, units_of<T>(s.a.width), room.key, {room.units, 1},
+                   room.query_columns, block, room.weights, block, false);
+  for (int64_t i = 0; kPaired<T> && i < rows; i += kLanes) {  // keys are as they were given
+    float* scores = room.weights + i;
+    for (int64_t j = 0; j < keys; ++j) store(scores + j * block, load(scores + j * block) * s.a.scale);
   }
-  for (int64_t i = 0; first >= 0 && limited(s.a) && i < rows; ++i) {
-    hide(s, room.before, first + i, keys, room.scores + i * padded);
+  for (int64_t i = first; limited(s.a) && i < smaller(first + rows, queries.tokens); ++i) {
+    hide(s, room.before, i, keys, room.weights + i - first, block);
   }
-  transpose(rows, keys, room.scores, padded, room.weights, room.block);
   for (int64_t i = 0; i < rows; i += kLanes) {
-    const F sum = exponentials<true, false>(room.weights + i, keys, room.block).sum;
+    const F sum = exponentials<true, false>(room.weights + i, keys, block).sum;
     store(room.shares + i, sum > 0.0f ? 1.0f / sum : F{});
   }
 }
@@ -149,52 +161,45 @@ VD_INLINE void sum_values(const Arguments& a, const Room<T>& room, const Stack& 
 }
 
 template <typename T>
-void prefix_forward(const Sequence& s, const Room<T>& room, const Stack& value, int64_t keys) {
-  const Arguments& a = s.a;
-  for (int64_t i = 0; i < a.prefixes; ++i) {
-    load_units(s.at<T>(a.prefix_query, i), a.width, room.width, room.prefix);
-    attend(s, room, {room.prefix, room.units}, -1, 1, keys);
-    sum_values(a, room, value, 1, keys);
-    store_row(room.result, a.width, room.shares[0],
-              static_cast<T*>(a.prefix_out) + s.prefix_row(i) * a.width);
-  }
-}
-
-template <typename T>
 void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
   const Room<T> room(a, scratch);
   const int64_t width = room.width, heads = heads_at_once(a);
-  const int64_t blocks = (a.length + room.block - 1) / room.block;
+  const Queries queries{a.length, a.prefix_out ? a.prefixes : 0};
+  const int64_t blocks = (queries.count() + room.block - 1) / room.block;
   T* const out = static_cast<T*>(a.out);
   const bool around = a.stream && can_stream(out, a.width);
   for (int64_t task = begin; task < end; ++task) {
     Sequence s(a, task, heads);
     const int64_t end_head = smaller(s.h + heads, a.heads);
     const Ahead<T> ahead(a, task, end, heads, (end_head - s.h) * blocks);
-    const int64_t keys = a.prefixes + count_real(s, room.before), padded = round_up(keys, kLanes);
+    const int64_t keys = a.prefixes + count_real(s, room.before);
     for (int64_t part = 0; s.h < end_head; ++s.h) {
       gather<T>(s, a.prefix_key, a.key, room.before, width, a.scale, room.key);
-      transpose(keys, units_of<T>(a.width), room.key, room.units, room.key_columns, padded);
       gather<T>(s, a.prefix_value, a.value, room.before, width, 1.0f, room.value);
       const Stack value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
-      for (int64_t first = 0; first < a.length; first += room.block, ++part) {
-        const int64_t rows = smaller(room.block, a.length - first);
+      for (int64_t first = 0; first < queries.count(); first += room.block, ++part) {
+        const int64_t rows = smaller(room.block, queries.count() - first);
         ahead.fetch_part(a.query, part);
-        const Rows query = rows_of<T>(s, a.query, first, rows, width, room.query);
-        attend(s, room, query, first, rows, keys);
+        const Rows query =
+            rows_of<T>(s, a.query, a.prefix_query, queries, first, rows, width, room.query);
+        attend(s, room, query, queries, first, rows, keys);
         ahead.fetch_part(a.key, part);
         sum_values(a, room, value, rows, keys);
         ahead.fetch_part(a.value, part);
         ahead.fetch_part(a.gate, part);
         for (int64_t i = 0; i < rows; ++i) {
           float* result = room.result + i * width;
+          if (const int64_t prefix = first + i - queries.tokens; prefix >= 0) {
+            store_row(result, a.width, room.shares[i],
+                      static_cast<T*>(a.prefix_out) + s.prefix_row(prefix) * a.width);
+            continue;
+          }
           const GateRow gate = gate_of(s, first + i, room.gate);
           if (gate.whole) multiply(result, 1.0f, room.gate, width, result);
           write_row(result, a.width, room.shares[i] * gate.factor, out + s.row(first + i) * a.width,
                     around);
         }
       }
-      if (a.prefix_out) prefix_forward(s, room, value, keys);
     }
   }
   finish_streams();
@@ -203,12 +208,12 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
 // Backward's own part of the scratch memory.
 template <typename T>
 struct GradientRoom : Room<T> {
-  float *value_columns, *key_stack, *query_stack, *grad_stack;
+  float *grad_columns, *key_stack, *query_stack, *grad_stack;
   float *grad_key, *grad_value, *grad_weights, *columns, *grad_out, *grad_units, *zeros;
 
   GradientRoom(const Arguments& a, float* scratch)
       : Room<T>(a, scratch),
-        value_columns(take(this->keys * this->units)),
+        grad_columns(take(this->block * this->units)),
         key_stack(take(this->paired(units_of<T>(this->keys) * this->width))),
         query_stack(take(this->paired(units_of<T>(this->block) * this->width))),
         grad_stack(take(this->paired(units_of<T>(this->block) * this->width))),
@@ -236,7 +241,7 @@ template <typename T>
 void differentiate(const Arguments& a, const GradientRoom<T>& room, const Stack& key,
                    const Rows& query, const Rows& grad_sum, int64_t rows, int64_t keys, bool add) {
   constexpr bool pairs = kPaired<T>;
-  const int64_t width = room.width, block = room.block, padded = round_up(keys, kLanes);
+  const int64_t width = room.width, block = room.block;
   for (int64_t i = 0; i < rows; i += kLanes) {
     const F share = load(room.shares + i);
     float* p = room.weights + i;
@@ -248,9 +253,9 @@ void differentiate(const Arguments& a, const GradientRoom<T>& room, const Stack&
     gemm<pairs>(keys, a.width, units_of<T>(rows), p.data, p.strides, grad.data, grad.stride,
                 room.grad_value, width, add);
   }
-  gemm<pairs>(rows, keys, units_of<T>(a.width), grad_sum.data, {grad_sum.stride, 1},
-              room.value_columns, padded, room.scores, padded, false);
-  transpose(rows, keys, room.scores, padded, room.grad_weights, block);
+  transpose(rows, units_of<T>(a.width), grad_sum.data, grad_sum.stride, room.grad_columns, block);
+  gemm<pairs>(keys, rows, units_of<T>(a.width), room.value, {room.units, 1}, room.grad_columns,
+              block, room.grad_weights, block, false);
   for (int64_t i = 0; i < rows; i += kLanes) {
     const float* p = room.weights + i;
     float* grad = room.grad_weights + i;
@@ -280,26 +285,35 @@ float key_factor(const Arguments& a) {
 // Rows of the gradient of what attention alone returns: dL/d out, through the gate where there is one.
 // Writes the gate's own, dL/d out * (p v), with p v in room.result.
 template <typename T>
-Rows through_gate(const Sequence& s, const GradientRoom<T>& room, int64_t first, int64_t rows) {
+Rows through_gate(const Sequence& s, const GradientRoom<T>& room, const Queries& queries,
+                  int64_t first, int64_t rows) {
   const Arguments& a = s.a;
   const int64_t width = room.width;
-  if (!a.gate.data) return rows_of<T>(s, a.grad_out, first, rows, width, room.grad_units);
+  if (!a.gate.data) {
+    return rows_of<T>(s, a.grad_out, a.grad_prefix_out, queries, first, rows, width,
+                      room.grad_units);
+  }
   for (int64_t i = 0; i < rows; ++i) {
     float* grad = room.grad_out + i * width;
-    load_row(s.at<T>(a.grad_out, first + i), a.width, grad);
-    if (a.grad_gate) {
-      const float* out = room.result + i * width;
-      if (a.gate.width == 0) {
-        F sum = {};
-        for (int64_t d = 0; d < a.width; d += kLanes) sum = fma(load(grad + d), load(out + d), sum);
-        a.grad_gate[s.row(first + i)] = reduce_add(sum) * room.shares[i];
-      } else {
-        float* to = a.grad_gate + s.row(first + i) * a.width;
-        for (int64_t d = 0; d < a.width; ++d) to[d] = grad[d] * out[d] * room.shares[i];
+    const int64_t token = first + i;
+    if (token >= queries.tokens) {
+      load_row(s.at<T>(a.grad_prefix_out, token - queries.tokens), a.width, grad);
+    } else {
+      load_row(s.at<T>(a.grad_out, token), a.width, grad);
+      if (a.grad_gate) {
+        const float* out = room.result + i * width;
+        if (a.gate.width == 0) {
+          F sum = {};
+          for (int64_t d = 0; d < a.width; d += kLanes) sum = fma(load(grad + d), load(out + d), sum);
+          a.grad_gate[s.row(token)] = reduce_add(sum) * room.shares[i];
+        } else {
+          float* to = a.grad_gate + s.row(token) * a.width;
+          for (int64_t d = 0; d < a.width; ++d) to[d] = grad[d] * out[d] * room.shares[i];
+        }
       }
+      const GateRow gate = gate_of(s, token, room.gate);
+      multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
     }
-    const GateRow gate = gate_of(s, first + i, room.gate);
-    multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
     if constexpr (kPaired<T>) {
       store_row(grad, width, 1.0f, reinterpret_cast<T*>(room.grad_units + i * room.units));
     }
@@ -309,40 +323,31 @@ Rows through_gate(const Sequence& s, const GradientRoom<T>& room, int64_t first,
 
 template <typename T>
 void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<T>& ahead,
-                    int64_t part, const Stack& key, const Stack& value, int64_t first, int64_t rows,
-                    int64_t keys, bool around) {
+                    int64_t part, const Stack& key, const Stack& value, const Queries& queries,
+                    int64_t first, int64_t rows, int64_t keys, bool around) {
   const Arguments& a = s.a;
   const int64_t width = room.width;
   ahead.fetch_part(a.query, part);
-  const Rows query = rows_of<T>(s, a.query, first, rows, width, room.query);
-  attend(s, room, query, first, rows, keys);
+  const Rows query =
+      rows_of<T>(s, a.query, a.prefix_query, queries, first, rows, width, room.query);
+  attend(s, room, query, queries, first, rows, keys);
   ahead.fetch_part(a.key, part);
   if (a.grad_gate) sum_values(a, room, value, rows, keys);
-  const Rows grad = through_gate(s, room, first, rows);
+  const Rows grad = through_gate(s, room, queries, first, rows);
   ahead.fetch_part(a.value, part);
   differentiate(a, room, key, query, grad, rows, keys, first > 0);
   ahead.fetch_part(a.grad_out, part);
   ahead.fetch_part(a.gate, part);
-  if (!a.grad_query) return;
   for (int64_t i = 0; i < rows; ++i) {
-    write_row(room.result + i * width, a.width, key_factor<T>(a),
-              static_cast<T*>(a.grad_query) + s.row(first + i) * a.width, around);
-  }
-}
-
-template <typename T>
-void prefix_backward(const Sequence& s, const GradientRoom<T>& room, const Stack& key,
-                     int64_t keys) {
-  const Arguments& a = s.a;
-  const int64_t width = room.width;
-  for (int64_t i = 0; i < a.prefixes; ++i) {
-    const Rows query{room.prefix, room.units};
-    load_units(s.at<T>(a.prefix_query, i), a.width, width, room.prefix);
-    load_units(s.at<T>(a.grad_prefix_out, i), a.width, width, room.grad_units);
-    attend(s, room, query, -1, 1, keys);
-    differentiate(a, room, key, query, {room.grad_units, room.units}, 1, keys, true);
-    if (!a.grad_prefix_query) continue;
-    store_row(room.result, a.width, key_factor<T>(a), a.grad_prefix_query + s.prefix_row(i) * a.width);
+    const float* row = room.result + i * width;
+    const int64_t token = first + i;
+    if (token < queries.tokens && a.grad_query) {
+      write_row(row, a.width, key_factor<T>(a),
+                static_cast<T*>(a.grad_query) + s.row(token) * a.width, around);
+    } else if (token >= queries.tokens && a.grad_prefix_query) {
+      store_row(row, a.width, key_factor<T>(a),
+                a.grad_prefix_query + s.prefix_row(token - queries.tokens) * a.width);
+    }
   }
 }
 
@@ -350,34 +355,33 @@ template <typename T>
 void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
   const GradientRoom<T> room(a, scratch);
   const int64_t width = room.width, heads = heads_at_once(a);
-  const int64_t blocks = (a.length + room.block - 1) / room.block;
+  // Those that a gradient reaches.
+  const Queries queries{a.grad_out.data ? a.length : 0, a.grad_prefix_out.data ? a.prefixes : 0};
+  const int64_t blocks = (queries.count() + room.block - 1) / room.block;
   for (int64_t d = 0; d < width; ++d) room.zeros[d] = 0.0f;
   const auto fits = [&](void* to) { return a.stream && can_stream(static_cast<T*>(to), a.width); };
   for (int64_t task = begin; task < end; ++task) {
     Sequence s(a, task, heads);
     const int64_t end_head = smaller(s.h + heads, a.heads);
     const Ahead<T> ahead(a, task, end, heads, (end_head - s.h) * blocks);
-    const int64_t keys = a.prefixes + count_real(s, room.before), padded = round_up(keys, kLanes);
+    const int64_t keys = a.prefixes + count_real(s, room.before);
     for (int64_t part = 0; s.h < end_head; ++s.h) {
       gather<T>(s, a.prefix_key, a.key, room.before, width, a.scale, room.key);
       gather<T>(s, a.prefix_value, a.value, room.before, width, 1.0f, room.value);
-      transpose(keys, units_of<T>(a.width), room.key, room.units, room.key_columns, padded);
-      transpose(keys, units_of<T>(a.width), room.value, room.units, room.value_columns, padded);
       const Stack key = stack_of<T>(room.key, room.units, keys, width, room.key_stack);
       Stack value{};
       if (a.grad_gate) value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
-      const int64_t queries = a.grad_out.data ? a.length : 0;  // the first block sets, others add
-      for (int64_t i = 0; queries == 0 && i < keys * width; ++i) {
+      // The first block sets what others add to.
+      for (int64_t i = 0; queries.count() == 0 && i < keys * width; ++i) {
         room.grad_key[i] = room.grad_value[i] = 0.0f;
       }
-      for (int64_t first = 0; first < queries; first += room.block, ++part) {
-        backward_block(s, room, ahead, part, key, value, first,
-                       smaller(room.block, queries - first), keys, fits(a.grad_query));
+      for (int64_t first = 0; first < queries.count(); first += room.block, ++part) {
+        backward_block(s, room, ahead, part, key, value, queries, first,
+                       smaller(room.block, queries.count() - first), keys, fits(a.grad_query));
       }
       for (int64_t i = 0; !a.grad_out.data && a.grad_query && i < a.length; ++i) {
         store_row(room.zeros, a.width, 1.0f, static_cast<T*>(a.grad_query) + s.row(i) * a.width);
       }
-      if (a.grad_prefix_out.data) prefix_backward(s, room, key, keys);
 
       const auto write = [&](const float* rows, float factor, float* prefix, void* tokens) {
         for (int64_t i = 0; prefix && i < a.prefixes; ++i) {

@@ -159,7 +159,7 @@ struct Sight {
     for (int j = 0; j < kN; ++j) real[j] = j < a.length && s.real(j);
     for (int i = 0; i < kN; ++i) {
       for (int j = 0; j < kN; ++j) row[i * kN + j] = 0.0f;
-      if (limited(a) && i < a.length) hide(s, all, i, a.length, row + i * kN);
+      if (limited(a) && i < a.length) hide(s, all, i, a.length, row + i * kN, 1);
       for (int j = 0; j < kN; ++j) {
         if (!real[j]) row[i * kN + j] = kHidden;
       }

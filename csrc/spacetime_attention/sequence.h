@@ -168,14 +168,15 @@ VD_INLINE void for_each_span(const Sequence& s, const int32_t* before, int64_t i
 
 inline bool limited(const Arguments& a) { return a.causal || a.window[0] >= 0; }
 
-// Hides from token i what it may not see.
-VD_INLINE void hide(const Sequence& s, const int32_t* before, int64_t i, int64_t keys, float* row) {
+// Hides from token i what it may not see, in its column of scores, `stride` apart.
+VD_INLINE void hide(const Sequence& s, const int32_t* before, int64_t i, int64_t keys, float* column,
+                    int64_t stride) {
   int64_t shown = s.a.prefixes;
   for_each_span(s, before, i, [&](int64_t from, int64_t to) {
-    for (int64_t j = shown; j < from; ++j) row[j] = kHidden;
+    for (int64_t j = shown; j < from; ++j) column[j * stride] = kHidden;
     shown = to;
   });
-  for (int64_t j = shown; j < keys; ++j) row[j] = kHidden;
+  for (int64_t j = shown; j < keys; ++j) column[j * stride] = kHidden;
 }
 
 // The gate of token i: `factor` takes it if it is one number, `row` [width] if not.
@@ -215,7 +216,7 @@ VD_INLINE void multiply(const float* from, float factor, const float* gate, int6
 template <typename T>
 VD_INLINE void write_row(const float* from, int64_t n, float factor, T* to, bool around_cache) {
   if (!around_cache) return store_row(from, n, factor, to);
-  for (int64_t d = 0; d < n; d += kLanes) stream(to + d, load(from + d) * factor);
+  stream_row(from, n, factor, to);
 }
 
 }  // namespace spacetime_attention
