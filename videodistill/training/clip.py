@@ -40,7 +40,7 @@ from videodistill.data.procedural.world import (
     WorldConfig,
     sample_world,
 )
-from videodistill.training.features import map_in_processes
+from videodistill.processes import map_in_processes
 from videodistill.training.precision import cpu_autocast
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -29,9 +29,10 @@ from videodistill.errors import UserError
 from videodistill.evaluation.blind import question_only
 from videodistill.evaluation.priors import priors
 from videodistill.model import VideoDistill
+from videodistill.processes import map_in_processes
 from videodistill.training.card import model_card
 from videodistill.training.clip import ClipRecipe, train_clip
-from videodistill.training.features import extract, map_in_processes
+from videodistill.training.features import extract
 from videodistill.training.head import (
     HeadRecipe,
     Split,

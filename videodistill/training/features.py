@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from videodistill.processes import follow_parent
-
-Job, Result = TypeVar("Job"), TypeVar("Result")
+from videodistill.processes import map_in_processes
 
 
 @dataclass(frozen=True)
@@ -70,41 +65,6 @@ def _extract_one(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarr
         np.asarray(sampled.times, np.float32),
         duration,
     )
-
-
-@contextmanager
-def map_in_processes(
-    function: Callable[[Job], Result],
-    jobs: Sequence[Job],
-    workers: int,
-    start: Callable[..., None],
-    *arguments: object,
-) -> Iterator[Iterator[Result]]:
-    """Results of ``function`` on ``jobs``, in order, from processes that ``start`` prepared.
-
-    With one worker everything happens here: starting a process takes seconds of importing torch.
-
-    Raises:
-        BrokenProcessPool: While results are taken, when a process was killed.
-    """
-    if workers == 1:
-        start(*arguments)
-        yield map(function, jobs)
-        return
-    # Not multiprocessing.Pool: that waits for ever when one of its processes is killed.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _start_process, (start, *arguments))
-    try:
-        yield pool.map(function, jobs, chunksize=max(1, min(8, len(jobs) // workers)))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_process(start: Callable[..., None], *arguments: object) -> None:
-    # Ctrl-C ends a worker at once, without a traceback of its own: a job may take an hour.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    follow_parent()
-    start(*arguments)
 
 
 def extract(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from safetensors.torch import save_file
 from tests.videodistill.engine.material import make_video
 from tests.videodistill.tiny import tiny_clip
 from videodistill.encoders import load_encoder
-from videodistill.training.features import Features, extract, map_in_processes
+from videodistill.training.features import Features, extract
 from videodistill.video import FrameReader
 
 
@@ -82,17 +80,3 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(SafetensorError):
         made(folder, tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_results_come_in_order(workers: int) -> None:
-    with map_in_processes(abs, [-3, 2, -1], workers, os.getpid) as results:
-        assert list(results) == [3, 2, 1]
-
-
-def test_a_killed_worker_is_noticed() -> None:
-    with (
-        pytest.raises(BrokenProcessPool),
-        map_in_processes(os._exit, [9], 2, os.getpid) as results,
-    ):
-        list(results)

@@ -41,7 +41,7 @@ from videodistill.data.procedural.render import render
 from videodistill.data.procedural.world import DATA_VERSION, World, WorldConfig, sample_world
 from videodistill.data.record import Question, Stretch, VideoInfo
 from videodistill.errors import UserError
-from videodistill.processes import follow_parent
+from videodistill.processes import cores, follow_parent
 
 NEXTQA_TYPES = {
     "describe": "DO",
@@ -146,7 +146,7 @@ def make_dataset(
     """
     out = Path(out)
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        workers = cores()
     if workers < 1:
         raise UserError(f"workers {workers}: use at least 1")
     if seed < 0:
