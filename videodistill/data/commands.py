@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from videodistill.data.procedural.make import Progress, Split, make_dataset
+from videodistill.data.procedural.make import Split, make_dataset
 from videodistill.errors import UserError
-from videodistill.listing import print_some
+from videodistill.listing import print_some, shown_progress
 
 app = typer.Typer(help="Make the procedural benchmark, and check datasets.", no_args_is_help=True)
 
@@ -60,7 +58,7 @@ def make(
             raise UserError(f"--split {argument}: split {name} is named twice")
         splits[name] = Split(count, lengths, size, fps, bias, reverse_bias, questions)
     begin = time.perf_counter()
-    with _shown_progress() as progress:
+    with shown_progress() as progress:
         dataset = make_dataset(out, splits, seed=seed, workers=workers, progress=progress)
     for name in splits:
         made = dataset["splits"][name]
@@ -231,34 +229,3 @@ def _frames(argument: str) -> tuple[int, int]:
         return int(shortest), int(longest or shortest)
     except ValueError:
         raise UserError(f"--frames {argument}: write 64, or 48-256 for a range") from None
-
-
-@contextmanager
-def _shown_progress() -> Iterator[Progress]:
-    """A bar on a terminal, a line for each tenth elsewhere; both on stderr."""
-    if not sys.stderr.isatty():
-        tenths: dict[str, int] = {}
-
-        def write_line(split: str, done: int, total: int) -> None:
-            tenth = 10 * done // total
-            if tenths.get(split) != tenth:
-                tenths[split] = tenth
-                print(f"{split}: {done}/{total} videos", file=sys.stderr, flush=True)
-
-        yield write_line
-        return
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
-    from rich.progress import Progress as ProgressBar
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns, console=Console(stderr=True)) as bar:
-        tasks = {}
-
-        def move_bar(split: str, done: int, total: int) -> None:
-            if split not in tasks:
-                tasks[split] = bar.add_task(split, total=total, completed=done)
-            bar.update(tasks[split], completed=done)
-
-        yield move_bar

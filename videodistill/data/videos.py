@@ -26,22 +26,11 @@ def find_videos(folder: str | Path, names: Iterable[str]) -> dict[str, Path | No
         UserError: There is no such folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the one that holds the videos")
     by_path: dict[str, str] = {}
     by_stem: dict[str, list[str]] = {}
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        folders.sort()
-        for name in sorted(files):
-            if Path(name).suffix.lower() in SUFFIXES:
-                path = (Path(parent) / name).relative_to(folder).as_posix()
-                by_path.setdefault(_stem(path), path)
-                by_stem.setdefault(_stem(name), []).append(path)
+    for path in list_videos(folder):
+        by_path.setdefault(_stem(path), path)
+        by_stem.setdefault(_stem(PurePosixPath(path).name), []).append(path)
 
     def find(name: str) -> Path | None:
         if (folder / name).is_file():
@@ -53,6 +42,32 @@ def find_videos(folder: str | Path, names: Iterable[str]) -> dict[str, Path | No
         return None if path is None else folder / path
 
     return {name: find(name) for name in names}
+
+
+def list_videos(folder: str | Path) -> list[str]:
+    """Paths, relative to a folder, of all files in it that are called like videos.
+
+    Args:
+        folder: Searched with all its subfolders, through links to folders too.
+
+    Raises:
+        UserError: There is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the one that holds the videos")
+    found = []
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders.sort()
+        for name in sorted(files):
+            if Path(name).suffix.lower() in SUFFIXES:
+                found.append((Path(parent) / name).relative_to(folder).as_posix())
+    return found
 
 
 def _stem(path: str) -> str:

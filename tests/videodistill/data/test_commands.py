@@ -42,14 +42,6 @@ def test_make_writes_what_it_says(tmp_path: Path) -> None:
     }
 
 
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with commands._shown_progress() as progress:
-        progress("train", 1, 3)
-        progress("train", 3, 3)
-    assert "3/3" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
