@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from videodistill.engine.feature_cache import encode_video, start_encoder
 from videodistill.processes import map_in_processes
 
 
@@ -37,34 +36,6 @@ class Features:
     def times(self) -> Tensor:
         """float32 [V,N]: when each frame is, as a fraction of its video."""
         return self.seconds / self.durations[:, None]
-
-
-_encoder = None
-
-
-def _start(encoder_folder: str) -> None:
-    from videodistill.encoders import load_encoder
-
-    global _encoder
-    if multiprocessing.parent_process() is not None:
-        torch.set_num_threads(1)  # one process a core
-    _encoder = load_encoder(encoder_folder)
-
-
-def _extract_one(job: tuple[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-    from videodistill.video import FrameReader
-
-    path, frames = job
-    with FrameReader(path) as reader:
-        sampled = reader.sample(frames)
-        duration = reader.duration
-    features = _encoder.encode_frames(sampled.images)
-    return (
-        features.frame_embed.half().numpy(),
-        features.patches.half().numpy(),
-        np.asarray(sampled.times, np.float32),
-        duration,
-    )
 
 
 def extract(
@@ -105,18 +76,19 @@ def extract(
     tensors = _stored(target, origin)
     if tensors is None:
         jobs = [(str(folder / video), frames) for video in videos]
-        parts: tuple[list, ...] = ([], [], [], [])
-        with map_in_processes(_extract_one, jobs, workers, _start, str(encoder_folder)) as results:
-            for done, result in enumerate(results, start=1):
-                for part, value in zip(parts, result, strict=True):
-                    part.append(value)
+        parts = []
+        with map_in_processes(
+            encode_video, jobs, workers, start_encoder, str(encoder_folder)
+        ) as results:
+            for done, encoded in enumerate(results, start=1):
+                parts.append(encoded.features())
                 if log and 10 * done // len(jobs) > 10 * (done - 1) // len(jobs):
                     log(f"features of {target.stem}: {done}/{len(jobs)} videos")
         tensors = {
-            "frame_embed": torch.from_numpy(np.stack(parts[0])),
-            "patches": torch.from_numpy(np.stack(parts[1])),
-            "seconds": torch.from_numpy(np.stack(parts[2])),
-            "durations": torch.tensor(parts[3], dtype=torch.float32),
+            "frame_embed": torch.stack([part.frame_embed for part in parts]),
+            "patches": torch.stack([part.patches for part in parts]),
+            "seconds": torch.stack([part.seconds for part in parts]),
+            "durations": torch.tensor([part.duration for part in parts], dtype=torch.float32),
         }
         _store(target, tensors, origin)
     return Features(tuple(videos), **tensors)
