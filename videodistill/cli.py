@@ -38,7 +38,11 @@ _EXTRAS = {
     "train": "accelerate tensorboard",
 }
 _DATA_COMMANDS = "videodistill.data.commands"
-_MORE_COMMANDS = ("videodistill.evaluation.commands", "videodistill.training.commands")
+_MORE_COMMANDS = (
+    "videodistill.engine.commands",
+    "videodistill.evaluation.commands",
+    "videodistill.training.commands",
+)
 _EPILOG = "--debug anywhere on the line shows tracebacks."
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -46,8 +50,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 class Commands(TyperGroup):
     """The commands, and the one place where errors become a line on stderr and an exit status.
 
-    `data` and the commands of scoring and training come from their own packages, imported only when
-    they are asked for. `--debug` may stand anywhere before a "--": it shows tracebacks.
+    `data` and the commands of corpora, scoring and training come from their own packages, imported
+    only when they are asked for. `--debug` may stand anywhere before a "--": it shows tracebacks.
     """
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -500,7 +500,10 @@ def _try_to_encode(job: _Job) -> tuple[_Job, _Encoded | str]:
 
 def _reason(error: UserError, path: str) -> str:
     """What a message says after the name of the file."""
-    return str(error).removeprefix(f"{printable(os.path.abspath(path))}: ")
+    message = str(error)
+    for name in (path, os.path.abspath(path)):
+        message = message.removeprefix(f"{printable(name)}: ")
+    return message
 
 
 @dataclass
