@@ -12,12 +12,14 @@ share it. docs/data.md describes the files; the rules that keep them whole:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,17 +30,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from videodistill.data.files import clear_errors, write_whole
 from videodistill.errors import UserError
 from videodistill.processes import map_in_processes
 from videodistill.video.container import local_file, printable
 
-SHARD_BYTES, SHARD_VIDEOS = 128 << 20, 500
-"""A shard is written when it holds so much or so many; while it is, memory holds it three times."""
+SHARD_BYTES, SHARD_VIDEOS = 256 << 20, 500
+"""A shard is written when it holds so much or so many; until then memory holds it."""
 
-_INDEX = "index.jsonl"
+_INDEX, _UNFINISHED = "index.jsonl", ".unfinished"
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _AGAIN = "run the same videodistill extract again"
 
@@ -301,8 +303,7 @@ class _Writer:
         else:
             whole = self._path.read_bytes()
             os.truncate(self._path, whole.rfind(b"\n") + 1)
-        for unfinished in folder.glob(".*.safetensors.tmp"):
-            unfinished.unlink()
+        shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
         for shard in sorted(set(os.listdir(folder)) - set(self.index.shards)):
             if _SHARD.fullmatch(shard):
                 self._adopt(shard)
@@ -383,13 +384,28 @@ class _Writer:
             numbers = [int(Path(shard).stem) for shard in self.index.shards]
             shard = f"{max(numbers, default=-1) + 1:05}.safetensors"
             about = {"encoder": self.index.encoder, "frames": self.index.frames, "videos": videos}
-            path = self._folder / shard
-            write_whole(path, save(tensors, {"videodistill": json.dumps(about)}))
-            for written in (path, self._folder):
-                _sync(written)
+            self._write(shard, tensors, {"videodistill": json.dumps(about)})
             lines.insert(0, self._about(shard, videos))
         if lines:
             self._append(lines)
+
+    def _write(
+        self, shard: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+    ) -> None:
+        # In a folder of its own: safetensors leaves files of other names behind when it is killed.
+        unfinished = self._folder / _UNFINISHED
+        unfinished.mkdir(exist_ok=True)
+        try:
+            save_file(tensors, unfinished / shard, metadata)
+            os.replace(unfinished / shard, self._folder / shard)
+        except SafetensorError as error:
+            told = re.search(r"os error (\d+)", str(error))
+            number = int(told[1]) if told else errno.EIO
+            raise OSError(number, os.strerror(number), str(self._folder / shard)) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for written in (self._folder / shard, self._folder):
+            _sync(written)
 
     def _about(self, shard: str, videos: dict[str, Any]) -> dict[str, Any]:
         size = (self._folder / shard).stat().st_size

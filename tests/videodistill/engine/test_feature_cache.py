@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from tests.videodistill.engine.material import make_video
 from tests.videodistill.tiny import tiny_clip
@@ -402,9 +402,9 @@ for when in sys.argv[4:]:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
-# The third call, and what must be kept: encoding the third video; writing, after the index and the
-# first shard, the second one; waiting until the line of the first shard is on the disk.
-KILLS = {"encode_video": 2, "write_whole": 1, "_sync": 1}
+# How many videos a kill in the third call must leave: that waits, after the first shard and the
+# folder, until the line of that shard is on the disk; the others are of the third video.
+KILLS = {"encode_video": 2, "save_file": 2, "_sync": 1}
 
 
 @pytest.fixture(scope="module")
@@ -436,13 +436,14 @@ def test_a_kill_between_shard_and_index_loses_nothing(
     extract("0", "1")
     # What a kill leaves: a shard without its line, half a line, half a shard.
     index.write_bytes(before + index.read_bytes()[len(before) :][:40])
-    (out / ".00002.safetensors.tmp").write_bytes(b"the first bytes")
+    (out / ".unfinished").mkdir()
+    (out / ".unfinished" / "00002.safetensors").write_bytes(b"the first bytes")
     assert FeatureCache.open(out).videos == ("0",)
     with monkeypatch.context() as patch:
         patch.setattr(feature_cache, "start_encoder", None)
         assert counts(extract("0", "1")) == (0, 2, 0, 0)
     assert shards(out) == ["00000.safetensors", "00001.safetensors"]
-    assert not list(out.glob(".*.tmp"))
+    assert not (out / ".unfinished").exists()
     FeatureCache.open(out).verify()
 
 
@@ -505,13 +506,18 @@ def test_a_line_that_cannot_be_written_leaves_the_index_as_it_was(
     assert counts(extract("0", "broken")) == (0, 1, 0, 1)
 
 
-def test_a_full_disk_is_one_line(extract: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+def test_a_full_disk_is_one_line(
+    extract: Callable, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"the first bytes")
+        raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
 
-    monkeypatch.setattr(feature_cache, "write_whole", full)
-    with pytest.raises(UserError, match="No space left on device; free some space and run the"):
+    monkeypatch.setattr(feature_cache, "save_file", full)
+    told = r"out/00000.safetensors: No space left on device; free some space and run the same"
+    with pytest.raises(UserError, match=told):
         extract()
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "index.jsonl"]
 
 
 def test_a_killed_worker_is_one_line_and_costs_nothing_that_was_ready(
