@@ -2,4 +2,5 @@
 
 loading.py opens a checkpoint and its encoder, answerer.py answers, graphs.py runs the
 head on a GPU, checks.py refuses bad input before any work starts, figure.py draws.
+feature_cache.py encodes a corpus once and keeps what the encoder saw.
 """

@@ -37,7 +37,7 @@ from videodistill.errors import UserError
 from videodistill.processes import map_in_processes
 from videodistill.video.container import local_file, printable
 
-SHARD_BYTES, SHARD_VIDEOS = 256 << 20, 500
+SHARD_BYTES, SHARD_VIDEOS = 128 << 20, 500
 """A shard is written when it holds so much or so many; until then memory holds it."""
 
 _INDEX, _UNFINISHED = "index.jsonl", ".unfinished"
