@@ -8,8 +8,8 @@ VD_BUILD_CPP    unset: build the first two, and when that fails install without 
 VD_BUILD_CUDA   the same for the third; unset, it is built where torch is built for CUDA
 VD_SANITIZE     address, thread: let sanitizers watch what they do (`make sanitize`)
 CXX, CXXFLAGS, LDFLAGS are honoured; kernels are compiled for what CXX compiles for. NVCC names
-CUDA's compiler. The outcome is recorded beside the libraries in `_build_info.json`, and
-`python -m vd_kernels` prints it.
+CUDA's compiler. The outcome is recorded beside the libraries in `_build_info.json`, where
+`python -m vd_kernels` finds it, and so is what compilers warned of.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +64,7 @@ SANITIZERS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "thread": ("-fsanitize=thread",),
 }
+SETTINGS = {"VD_BUILD_CPP": ("0", "1"), "VD_BUILD_CUDA": ("0", "1"), "VD_SANITIZE": SANITIZERS}
 TORCH_ABI = "0x020b000000000000"  # 2.11, the oldest torch that the library loads into
 
 
@@ -72,15 +72,15 @@ class BuildError(Exception):
     """A build that could not be done; its text is what the user is told."""
 
 
-def build_setting(name: str, allowed: Collection[str]) -> str:
-    value = os.environ.get(name, "")
+def build_setting(name: str) -> str:
+    value, allowed = os.environ.get(name, ""), SETTINGS[name]
     if value and value not in allowed:
         raise SystemExit(f"{name}={value!r}: allowed are {', '.join(allowed)}, or unset")
     return value
 
 
 def sanitizer_flags() -> tuple[str, ...]:
-    wanted = build_setting("VD_SANITIZE", SANITIZERS)
+    wanted = build_setting("VD_SANITIZE")
     return ("-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS[wanted]) if wanted else ()
 
 
@@ -230,8 +230,11 @@ def ninja_plan(ext: Extension, target: Path, version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compile_extension(ext: Extension, target: Path, folder: Path, version: str) -> None:
-    """Build `target` with ninja in `folder`, or raise BuildError with the line that tells why."""
+def compile_extension(ext: Extension, target: Path, folder: Path, version: str) -> list[str]:
+    """Build `target` with ninja in `folder`, or raise BuildError with the line that tells why.
+
+    Returns the lines that warn of something.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -251,24 +254,31 @@ def compile_extension(ext: Extension, target: Path, folder: Path, version: str) 
     if run.returncode:
         told = [line for line in output.splitlines() if "error" in line or "not found" in line]
         raise BuildError((told or ["ninja failed without saying why"])[0].strip())
+    return [line for line in output.splitlines() if re.search(r"\bwarning( #\S+)?:", line)]
 
 
 class BuildCompiled(build_ext):
     """Builds with ninja and records the outcome; a failure is an error only when asked for."""
 
+    def run(self) -> None:
+        for name in SETTINGS:  # a wrong one is told of before what takes a minute
+            build_setting(name)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        reason = self.try_build(ext, target)
+        reason, warnings = self.try_build(ext, target)
         if reason:
             target.unlink(missing_ok=True)
             print(f"{ext.name} was not built: {reason}", file=sys.stderr)
         self.record = target.with_name("_build_info.json")
-        reasons = {}
+        record = {"warnings": []}
         if ext is not self.extensions[0]:  # the first one begins a new record
-            reasons = json.loads(self.record.read_text(encoding="utf-8"))
-        reasons[ext.name.rpartition(".")[2]] = reason
-        self.record.write_text(json.dumps(reasons) + "\n", encoding="utf-8")
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        record[ext.name.rpartition(".")[2]] = reason
+        record["warnings"] += warnings
+        self.record.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     def copy_extensions_to_source(self) -> None:
         """An editable install loads from the source folder: the record goes there, too."""
@@ -278,20 +288,19 @@ class BuildCompiled(build_ext):
         super().copy_extensions_to_source()
         shutil.copy(self.record, ROOT / "vd_kernels")
 
-    def try_build(self, ext: Extension, target: Path) -> str:
-        """Empty when built, else why not."""
+    def try_build(self, ext: Extension, target: Path) -> tuple[str, list[str]]:
+        """Empty when built, else why not; and what compilers warned of."""
         setting = "VD_BUILD_CUDA" if ext.name.endswith("._cuda") else "VD_BUILD_CPP"
-        wanted = build_setting(setting, ("0", "1"))
+        wanted = build_setting(setting)
         if wanted == "0":
-            return f"{setting}=0 when it was installed"
+            return f"{setting}=0 when it was installed", []
         try:
             folder = Path(self.build_temp).resolve() / ext.name
-            compile_extension(ext, target, folder, self.distribution.get_version())
+            return "", compile_extension(ext, target, folder, self.distribution.get_version())
         except BuildError as error:
             if wanted == "1":
                 raise SystemExit(f"{setting}=1, but {ext.name} cannot be built: {error}") from None
-            return str(error)
-        return ""
+            return str(error), []
 
 
 COMMON = ["csrc/common/cpu_isa.cpp"]

@@ -41,8 +41,13 @@ class Build:
         return json.loads((self.package / "_build_info.json").read_text(encoding="utf-8"))
 
 
-def build(folder: Path, *, inplace: bool = False, **environment: str) -> Build:
-    """Run `setup.py build_ext` in a fresh copy of the sources; the checkout stays as it is."""
+def build(
+    folder: Path, *, inplace: bool = False, operators: bool = False, **environment: str
+) -> Build:
+    """Run `setup.py build_ext` in a fresh copy of the sources; the checkout stays as it is.
+
+    Without the operators unless they are asked for: they take minutes.
+    """
     source = folder / "source"
     (source / "vd_kernels").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
@@ -50,7 +55,8 @@ def build(folder: Path, *, inplace: bool = False, **environment: str) -> Build:
     (source / "README.md").write_text("", encoding="utf-8")
     shutil.copy(ROOT / "vd_kernels" / "_version.py", source / "vd_kernels")
     (source / "vd_kernels" / "__init__.py").write_text("", encoding="utf-8")
-    shutil.copytree(ROOT / "csrc", source / "csrc")
+    part = "" if operators else "common"
+    shutil.copytree(ROOT / "csrc" / part, source / "csrc" / part)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("VD_BUILD")}
     where = ["--inplace"] if inplace else ["--build-lib", "lib"]
     run = subprocess.run(
@@ -92,10 +98,21 @@ def test_build_is_recorded_and_tells_what_it_is(built: Build, compiled: ModuleTy
     assert any(character.isdigit() for character in info["compiler"])
 
 
-def test_compiled_module_is_warning_free_and_reproducible(built: Build, tmp_path: Path) -> None:
-    again = build(tmp_path, VD_BUILD_CPP="1", CXXFLAGS="-Werror")
+def test_builds_are_reproducible_and_warnings_recorded(built: Build, tmp_path: Path) -> None:
+    again = build(tmp_path, VD_BUILD_CPP="1", CXXFLAGS="-DTWICE=1 -DTWICE=2")
     assert again.returncode == 0, again.output
     assert again.module.read_bytes() == built.module.read_bytes()
+    assert built.record["warnings"] == []
+    told = again.record["warnings"]
+    assert told and all("TWICE" in line for line in told)
+
+
+def test_the_installed_libraries_were_compiled_without_a_warning() -> None:
+    """Of all sources, at the optimisation that finds most; `make` compiles what has changed."""
+    record = ROOT / "vd_kernels" / "_build_info.json"
+    if not record.exists():
+        pytest.skip("setup.py has built nothing here")
+    assert json.loads(record.read_text(encoding="utf-8"))["warnings"] == []
 
 
 def test_a_build_in_place_leaves_its_record_there(tmp_path: Path) -> None:
@@ -185,5 +202,5 @@ def test_other_compilers_find_nothing_to_warn_of(compiler: str, tmp_path: Path) 
     torch = tmp_path / "libtorch_cpu.so"
     subprocess.run([compiler, "-shared", "-x", "c++", "/dev/null", "-o", torch], check=True)
     flags = {"CXXFLAGS": "-Werror -O0", "LDFLAGS": f"-L{tmp_path}"}
-    result = build(tmp_path, VD_BUILD_CPP="1", CXX=compiler, **flags)
+    result = build(tmp_path, operators=True, VD_BUILD_CPP="1", CXX=compiler, **flags)
     assert result.returncode == 0, result.output
