@@ -38,11 +38,19 @@ OPERATORS = ("language_gate", "topk_sample", "topk_gather", "spacetime_attention
 # In the interpreter, which takes a process of its own: it must be chosen before Triton is imported
 
 RUN = """
-import json, math, sys, traceback
+import functools, json, math, sys, traceback
 import torch
-from vd_kernels import language_gate, spacetime_attention, use_backend
+from triton.runtime import interpreter
+from vd_kernels import language_gate, spacetime_attention, testing, use_backend
 from vd_kernels.backends import explain
 from vd_kernels.testing import normal, suite
+
+testing.RUNS = 1
+# The interpreter replaces what triton.language holds whenever a function is called, which takes
+# most of its time: once for each function is enough where nothing is put back.
+if hasattr(interpreter, "_LangPatchScope"):
+    interpreter._LangPatchScope.restore = lambda self: None
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
 
 def run(name, check):
     try:
@@ -407,19 +415,17 @@ def forms(sizes: str) -> list[str]:
     return [f"{form}-{sizes}" for form in ("softmax", "max", "mean", "channel")]
 
 
-def test_interpreted_in_full_precision() -> None:
+def test_gate_interpreted() -> None:
     layouts = ["sliced", "transposed-gradient", "strided", "expanded", "expanded-gradient"]
     others = ["gate-alone", "channel-alone", "no-mask-scale", "empty-L", "empty-M", "empty-H"]
+    half = [*forms("2x13x3x3x8x13"), "channel-1x257x33x1x40x3", "gate-alone"]
     interpret(
         INTERPRETED + EDGES,
         ("float32", 128, [*forms("2x13x3x3x8x13"), "softmax-1x1x1x1x1x1", *layouts, *others]),
+        ("bfloat16", 128, half),
+        ("float16", 128, half),
         ("float32", 16, forms("1x257x33x1x40x3")),  # several tiles, blocks and chunks
     )
-
-
-def test_interpreted_in_half_precision() -> None:
-    names = [*forms("2x13x3x3x8x13"), "channel-1x257x33x1x40x3", "gate-alone"]
-    interpret(INTERPRETED, ("bfloat16", 128, names), ("float16", 128, names))
 
 
 AXES = ("time", "space", "joint")
@@ -437,20 +443,16 @@ def test_attention_interpreted_whole() -> None:
     interpret(ATTENTION + ATTENTION_EDGES, ("float32", 64, [*names, *sizes, *layouts, *LIMITS]))
 
 
-def test_attention_interpreted_in_tiles() -> None:
+def test_attention_interpreted_in_tiles_and_in_half_precision() -> None:
     forms = ["2x3x13x2x8", "gate-00011", "gate-10111", "prefix", "transposed"]
     names = [f"joint-{form}" for form in forms] + [f"{axis}-far" for axis in AXES]
     others = ["space-mask-patches-gate", "space-1x1x1x1x1", "space-window", "joint-window"]
-    interpret(ATTENTION, ("float32", 0, [*names, *others]))
+    half = ["joint-prefix", "joint-gate-00011", "space-mask-patches-gate"]
+    runs = [(dtype, rows, half) for dtype in ("bfloat16", "float16") for rows in (0, 64)]
+    interpret(ATTENTION, ("float32", 0, [*names, *others]), *runs)
 
 
-def test_attention_interpreted_in_half_precision() -> None:
-    names = ["joint-prefix", "joint-gate-00011", "space-mask-patches-gate"]
-    runs = [(dtype, rows, names) for dtype in ("bfloat16", "float16") for rows in (0, 64)]
-    interpret(ATTENTION, *runs)
-
-
-def test_interpreted_choices() -> None:
+def test_choices_interpreted() -> None:
     methods = ("hard", "perturbed", "diagonal", "gumbel", "lapsum")
     sizes = [f"{method}-3x13x4" for method in methods]
     others = ["perturbed-1x1x1-time", "hard-2x257x64", "gumbel-2x257x64-time", "formula"]
@@ -459,11 +461,8 @@ def test_interpreted_choices() -> None:
         for method in ("perturbed", "lapsum")
         for layouts in ("sliced-contiguous", "contiguous-transposed", "strided-contiguous")
     ]
-    interpret(CHOICES, [*sizes, *others, *gathers, "topk_gather-hard-contiguous-contiguous"])
-
-
-def test_interpreted_choices_at_the_edges() -> None:
-    interpret(CHOICES + CHOICE_EDGES, [])
+    names = [*sizes, *others, *gathers, "topk_gather-hard-contiguous-contiguous"]
+    interpret(CHOICES + CHOICE_EDGES, names)
 
 
 # ---------------------------------------------------------------------------------------------
