@@ -20,7 +20,7 @@ from videodistill.training.head import HeadRecipe
 TINY = DefaultRecipe(
     videos={"train": (6, 32), "train-long": (2, 64), "test": (3, 32)},
     candidates={"train-long": 32},
-    clip=ClipRecipe(worlds=900, width=32, layers=1, text_layers=1, heads=2, epochs=0.1, batch=32),
+    clip=ClipRecipe(worlds=180, width=32, layers=1, text_layers=1, heads=2, epochs=0.5, batch=32),
     head=HeadRecipe(thinking_steps=2, observing=((2, 1),), steps=3, videos_per_batch=2),
     model={"width": 32, "heads": 2, "refiner_blocks": 1, "frames": 16, "pick": 5},
 )
