@@ -16,7 +16,7 @@ QUESTIONS ?= "what shape is the thing that makes the blue star shrink?" \
 OUT ?= gpu
 PART ?=
 # One worker per core; each runs torch on one thread, so that they do not fight for cores.
-PYTEST_FLAGS ?= -n auto --maxprocesses 8
+PYTEST_FLAGS ?= -n auto --maxprocesses 8 --dist worksteal
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
