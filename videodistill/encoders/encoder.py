@@ -133,25 +133,30 @@ class ImageTextEncoder(nn.Module):
         tokens never see what follows them, SigLIP's were trained to see the padding.
         Raises TypeError for anything but strings, ValueError for no texts at all.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError("texts is not a list of strings")
-        if len(texts) == 0:
-            raise ValueError("texts is empty; allowed: at least one text")
-        rows, mask, truncated = self._tokenize(list(texts))
+        rows, mask, truncated = self.tokenize(texts)
+        text_embed, tokens = self.encode_ids(rows)
+        return TextFeatures(text_embed, tokens, mask.to(self.device), truncated)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """text_embed [q,C_a] and tokens [q,M,C_t] of texts as ids int64 [q,M], any device."""
         embeds, tokens = [], []
-        for part in rows.to(self.device).split(_TEXT_BATCH):
+        for part in ids.to(self.device).split(_TEXT_BATCH):
             output = self.model.get_text_features(input_ids=part)
             embeds.append(output.pooler_output)
             tokens.append(output.last_hidden_state)
-        mask = mask.to(self.device)
-        return TextFeatures(torch.cat(embeds), torch.cat(tokens), mask, truncated)
+        return torch.cat(embeds), torch.cat(tokens)
 
-    def _tokenize(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-        """Ids int64 [q,M], mask bool [q,M], and which texts were cut.
+    def tokenize(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+        """Ids int64 [q,M], mask bool [q,M], and which texts were cut; see `encode_texts`.
 
         Cutting and padding are done here, not by the tokenizer: there both are state of the shared
         object, so that two threads could not use one encoder.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("texts is not a list of strings")
+        if len(texts) == 0:
+            raise ValueError("texts is empty; allowed: at least one text")
         # Command-line bytes that are no UTF-8 arrive as lone surrogates, which tokenizers refuse.
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         rows = self.tokenizer(texts, verbose=False)["input_ids"]
