@@ -111,7 +111,12 @@ class FrameSampler(nn.Module):
         return _standardise(scores, frame_mask)
 
     def choose(
-        self, scores: Tensor, pick: int, frame_mask: Tensor | None, seed: int | Tensor | None
+        self,
+        scores: Tensor,
+        pick: int,
+        frame_mask: Tensor | None,
+        seed: int | Tensor | None,
+        row_offset: int = 0,
     ) -> TopKSample:
         """K frames of N in order of time: drawn in training, the best ones otherwise.
 
@@ -120,6 +125,7 @@ class FrameSampler(nn.Module):
             pick: K, 1..N.
             frame_mask: bool [B,N], real frames first; None when all are real.
             seed: Of the draw in training; "random" draws from torch's global generator instead.
+            row_offset: Number of the first row in that draw.
         """
         config = self.config
         if config.frame_choice == "random":
@@ -138,6 +144,7 @@ class FrameSampler(nn.Module):
                 temperature=config.temperature,
                 mask=frame_mask,
                 seed=seed,
+                row_offset=row_offset,
             )
         return topk_sample(scores, pick, method="hard", mask=frame_mask)
 

@@ -84,6 +84,7 @@ class VideoDistill(
         times: Tensor | None = None,
         pick: int | None = None,
         seed: int | Tensor | None = None,
+        row_offset: int = 0,
         score_bias: Tensor | None = None,
     ) -> VideoDistillOutput:
         """Look at V videos to answer B questions, B/V consecutive ones about each video.
@@ -99,6 +100,8 @@ class VideoDistill(
                 over all N, so give it where there is padding.
             pick: K; ``config.pick`` when None.
             seed: Of the draw of frames in training; see ``vd_kernels.topk_sample``.
+            row_offset: Number of the first question, where these are part of a larger batch that
+                shares the seed.
             score_bias: [B,N], added to the scores when frames are chosen, e.g. to help
                 ground-truth frames into the choice early in training.
 
@@ -119,7 +122,7 @@ class VideoDistill(
         pick = self.config.pick if pick is None else pick
         wanted = scores if score_bias is None else scores + score_bias
         mask = None if frame_mask is None else frame_mask.repeat_interleave(questions, dim=0)
-        sample = self.sampler.choose(wanted, pick, mask, seed)
+        sample = self.sampler.choose(wanted, pick, mask, seed, row_offset)
 
         # A video's questions gather from it together, so its features are not repeated.
         together = TopKSample(
