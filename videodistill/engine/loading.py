@@ -47,7 +47,8 @@ def load(
     """Open a model that answers questions about videos.
 
     checkpoint: a folder written by `save_pretrained`, or a hub id; the bundled default if None.
-    encoder: folder or hub id of a CLIP or SigLIP; by default the one inside the checkpoint.
+    encoder: folder or hub id of a CLIP or SigLIP; by default the one inside the checkpoint, or
+        else the one that its config.json names.
     zero_shot: use no trained head but a fresh one, which scores answers as the encoder itself
         does, on the frames that are most similar to the question. Works with any encoder.
     device: "cpu", "cuda", "cuda:1"...; by default "cuda" where there is one.
@@ -68,7 +69,7 @@ def load(
         return Answerer(model.to(where), eyes, trained=False)
     folder = checkpoint_folder(DEFAULT_CHECKPOINT if checkpoint is None else checkpoint)
     model = load_head(folder)
-    eyes = load_encoder(encoder or encoder_of(folder), device=where)
+    eyes = load_encoder(encoder or encoder_of(folder, model.config.encoder), device=where)
     check_pair(model, eyes, folder)
     return Answerer(model.to(where), eyes)
 
@@ -152,15 +153,17 @@ def load_head(folder: Path) -> VideoDistill:
         ) from error
 
 
-def encoder_of(folder: Path) -> Path:
-    """The encoder inside a checkpoint folder."""
+def encoder_of(folder: Path, named: str = "") -> str | Path:
+    """The encoder inside a checkpoint folder, or else the one that its config.json names."""
     inside = folder / "encoder"
-    if not inside.is_dir():
-        raise UserError(
-            f"checkpoint {folder} has no encoder folder: give --encoder with the one it was "
-            "trained on"
-        )
-    return inside
+    if inside.is_dir():
+        return inside
+    # A name of a folder that is elsewhere now says nothing; a hub id can be looked up.
+    if (Path(named).is_absolute() and Path(named).is_dir()) or _HUB_ID.fullmatch(named):
+        return named
+    raise UserError(
+        f"checkpoint {folder} has no encoder folder: give --encoder with the one it was trained on"
+    )
 
 
 def check_pair(model: VideoDistill, encoder: ImageTextEncoder, folder: Path) -> None:

@@ -50,6 +50,11 @@ def _configure(**settings: object) -> Callable[[Path], None]:
     return change
 
 
+def _lose_encoder(folder: Path) -> None:
+    shutil.rmtree(folder / "encoder")
+    _configure(encoder=str(folder / "elsewhere"))(folder)
+
+
 def _only_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     payload = pickle.dumps(_Exploit(folder / "run by pickle"))
@@ -84,7 +89,7 @@ def _only_pickle(folder: Path) -> None:
         ),
         (_drop_weight, ["model.safetensors does not fit", "sampler.score.weight"]),
         (_only_pickle, ["has no model.safetensors"]),
-        (lambda folder: shutil.rmtree(folder / "encoder"), ["no encoder folder", "--encoder"]),
+        (_lose_encoder, ["no encoder folder", "--encoder"]),
         (
             lambda folder: (folder / "encoder" / "config.json").write_text("{"),
             ["encoder", "config.json"],
@@ -161,3 +166,10 @@ def test_without_a_network_a_hub_id_is_refused(
     with pytest.raises(UserError) as told:
         videodistill.load(**arguments, **{role: name})
     assert name in str(told.value) and "local" in str(told.value)
+
+
+def test_without_an_encoder_inside_the_one_named_is_taken(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    elsewhere = shutil.move(folder / "encoder", tmp_path / "elsewhere")
+    _configure(encoder=str(elsewhere))(folder)
+    assert videodistill.load(folder).encoder.name == str(elsewhere)
