@@ -18,6 +18,7 @@ from videodistill.data.record import Question
 from videodistill.encoders import ImageTextEncoder
 from videodistill.model import VideoDistill, VideoDistillOutput
 from videodistill.training.features import Features
+from videodistill.training.losses import evidence_loss, needed_frames
 from videodistill.training.precision import cpu_autocast
 
 
@@ -76,12 +77,8 @@ class Split:
     def needed(self) -> Tensor:
         """uint8 [Q,N]: 4 for frames that show the answer, 1 for those that lead to them, else 0."""
         seconds = self.features.seconds.numpy()
-        needed = np.zeros((len(self.questions), seconds.shape[1]), np.uint8)
-        for row, asked in enumerate(self.questions):
-            shown = seconds[self.video[row]]
-            for weight, stretches in ((1, asked.context), (4, asked.evidence)):
-                for start, end in stretches:
-                    needed[row, (shown >= start - 1e-3) & (shown < end - 1e-3)] = weight
+        rows = zip(self.video.tolist(), self.questions, strict=True)
+        needed = np.stack([needed_frames(seconds[v], q.context, q.evidence) for v, q in rows])
         return torch.from_numpy(needed)
 
     def by_video(self) -> list[Tensor]:
@@ -397,10 +394,7 @@ def _evidence_loss(
     Zero where no question has any.
     """
     needed = _needed(split, rows, frames)
-    has_any = needed.any(1)
-    target = needed[has_any] / needed[has_any].sum(1, keepdim=True)
-    log_p = (scale.exp() * scores[has_any]).log_softmax(-1)
-    return -(target * log_p).sum() / has_any.sum().clamp_min(1)
+    return evidence_loss(scores, needed, scale) / needed.any(1).sum().clamp_min(1)
 
 
 _Result = tuple[bool, bool, list[bool], str | None]

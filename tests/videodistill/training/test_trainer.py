@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import videodistill
+from tests.videodistill.training import small
+from videodistill.errors import UserError
+from videodistill.training import checkpoint
+from videodistill.training.trainer import train
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """What was logged of each step and validation, but for the times."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Of a run's only checkpoint, with the moments."""
+    (folder,) = (out / "checkpoints").iterdir()
+    return load_file(folder / "weights.safetensors") | load_file(folder / "optimiser.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_a_run_leaves_logs_a_checkpoint_and_its_best_model(
+    configure: Any, features: Any, small_encoder: Any, encoder_dir: Path
+) -> None:
+    config = configure("one", "curriculum.sigma={start: 0.4, end: 0.1}")
+    lines: list[str] = []
+    result = train(config, features=features, encoder=small_encoder, log=lines.append)
+    out = Path(config.out)
+    assert (result.step, result.ended) == (12, "complete")
+    logged = curve(out)
+    steps = [line for line in logged if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert steps[0]["sigma"] == 0.4 and steps[-1]["sigma"] == pytest.approx(0.1)
+    assert all(math.isclose(s["loss"], s["loss/answer"] + s["loss/choice"]) for s in steps)
+    validations = [line for line in logged if line["kind"] == "validation"]
+    assert [line["step"] for line in validations] == [6, 12]
+    assert result.best == max(line["all"] for line in validations)
+    assert result.best_step in (6, 12)
+    assert list((out / "tensorboard").glob("events.*"))
+    assert (out / "checkpoints" / "step-00000012").is_dir()
+    record = json.loads((out / "best" / "training.json").read_text())
+    assert record["step"] == result.best_step and record["metrics"]["all"] == result.best
+    assert any("validation all" in line for line in lines)
+
+    opened = videodistill.load(out / "best")  # with the encoder that its config names
+    assert opened.encoder.fingerprint == small_encoder.fingerprint
+    assert set(opened.model.config.answers) <= set(small.COLOURS)
+
+
+@pytest.mark.parametrize("sampling", ["perturbed", "gumbel"])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    sampling: str, configure: Any, features: Any, small_encoder: Any
+) -> None:
+    settings = (f"model.sampling={sampling}", "curriculum.sigma={start: 0.4, end: 0.1}")
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 7/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    straight, broken = configure("straight", *settings), configure("broken", *settings)
+    train(straight, features=features, encoder=small_encoder, log=quiet)
+    result = train(broken, features=features, encoder=small_encoder, log=interrupt)
+    assert (result.step, result.ended) == (7, "interrupted")
+    result = train(broken, features=features, encoder=small_encoder, resume=True, log=quiet)
+    assert (result.step, result.ended) == (12, "complete")
+    assert curve(Path(broken.out)) == curve(Path(straight.out))
+    assert same(weights(Path(broken.out)), weights(Path(straight.out)))
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.videodistill.training import small
+from videodistill.training.trainer import train
+
+def kill(line):
+    if line.startswith("step 10/"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+folder, encoder, out = map(Path, sys.argv[1:4])
+config = small.config_for(folder, encoder, out, *sys.argv[4:])
+train(config, features=small.features_of([f"v{n}.mp4" for n in range(7)]), log=kill)
+"""
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    configure: Any, dataset: Path, features: Any, small_encoder: Any, encoder_dir: Path
+) -> None:
+    settings = ("save_every=7", "data.workers=1")
+    straight, killed = configure("straight"), configure("killed", *settings)
+    train(straight, features=features, encoder=small_encoder, log=quiet)
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, dataset, encoder_dir, killed.out, *settings],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    out = Path(killed.out)
+    assert len(curve(out)) == 11, "ten steps and a validation, three steps after the checkpoint"
+    with (out / "log.jsonl").open("a") as file:
+        file.write('{"step": 1')  # killed while it wrote
+    (out / "checkpoints" / ".step-00000010.partial").mkdir()
+    train(killed, features=features, encoder=small_encoder, resume=True, log=quiet)
+    assert [line["step"] for line in curve(out) if line["kind"] == "train"] == [*range(1, 13)]
+    assert curve(out) == curve(Path(straight.out))
+    assert same(weights(out), weights(Path(straight.out)))
+
+
+def test_a_run_is_only_resumed_on_request_and_as_it_was(
+    configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    def start(*overrides: str, resume: bool = True) -> Any:
+        config = configure("run", "steps=2", "data.workers=0", *overrides)
+        return train(config, features=features, encoder=small_encoder, resume=resume, log=quiet)
+
+    assert start().step == 2  # nothing there yet
+    with pytest.raises(UserError, match="holds a run of 2 steps; go on with --resume"):
+        start(resume=False)
+    with pytest.raises(UserError) as error:
+        start("optimiser.learning_rate=0.5", "model.gate=channel")
+    assert 'model.gate not set, now "channel"; optimiser.learning_rate 0.003, now 0.5' in str(
+        error.value
+    )
+    assert start("data.workers=1", "save_every=3").step == 2
+    lines = (dataset / "train.jsonl").read_text().replace("which colour", "what colour")
+    (dataset / "train.jsonl").write_text(lines)
+    with pytest.raises(UserError, match="was trained on other questions"):
+        start()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("batch.accumulate=2",), ("gradient_checkpointing=true",), ("data.workers=2",)],
+    ids=lambda settings: settings[0],
+)
+def test_how_a_batch_is_worked_through_changes_nothing(
+    settings: tuple[str, ...], configure: Any, features: Any, small_encoder: Any
+) -> None:
+    one, other = configure("one", "steps=3"), configure("other", "steps=3", *settings)
+    for config in (one, other):
+        train(config, features=features, encoder=small_encoder, log=quiet)
+    for a, b in zip(curve(Path(one.out)), curve(Path(other.out)), strict=True):
+        assert a.pop("kind") == b.pop("kind")
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_losses_that_are_no_numbers_stop_the_run(
+    configure: Any, features: Any, small_encoder: Any
+) -> None:
+    config = configure("run", "save_every=2", "validation.every=100")
+
+    def spoil(line: str) -> None:
+        if line.startswith("step 5/"):
+            for found in features.values():
+                found.patches.fill_(float("nan"))
+
+    with pytest.raises(UserError) as error:
+        train(config, features=features, encoder=small_encoder, log=spoil)
+    told = str(error.value)
+    assert "not finite in step 6, at learning rate 0.0022" in told
+    assert "step-00000004 is the last good checkpoint" in told
+    (kept,) = (Path(config.out) / "checkpoints").iterdir()
+    assert kept.name == "step-00000004"
+    assert all(value.isfinite().all() for value in weights(Path(config.out)).values())
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    configure: Any, features: Any, small_encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("run", "save_every=2")
+    saved = checkpoint.save_file
+
+    def full(tensors: Any, path: Path, *rest: Any) -> None:
+        if "step-00000004" in str(path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        saved(tensors, path, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device; free some space and go on with"):
+        train(config, features=features, encoder=small_encoder, log=quiet)
+    assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    result = train(config, features=features, encoder=small_encoder, resume=True, log=quiet)
+    assert result.step == 12
+
+
+def test_training_stops_when_it_gets_no_better(
+    configure: Any, features: Any, small_encoder: Any
+) -> None:
+    config = configure(
+        "run",
+        "optimiser.learning_rate=0",
+        "validation={every: 2, metric: loss, patience: 2}",
+    )
+    result = train(config, features=features, encoder=small_encoder, log=quiet)
+    assert (result.step, result.ended, result.best_step) == (6, "early", 2)
+
+
+def test_without_steps_the_model_is_only_measured(
+    configure: Any, features: Any, small_encoder: Any
+) -> None:
+    config = configure("run", "steps=0", "data.train=null", "losses.answer=0")
+    result = train(config, features=features, encoder=small_encoder, log=quiet)
+    assert result.step == 0 and result.metrics["all"] == result.best
+    assert (Path(config.out) / "best" / "model.safetensors").is_file()
+    assert not (Path(config.out) / "checkpoints").exists()
+
+
+def test_a_run_can_begin_with_another_ones_model(
+    configure: Any, features: Any, small_encoder: Any
+) -> None:
+    first = configure("first")
+    train(first, features=features, encoder=small_encoder, log=quiet)
+    best = Path(first.out) / "best"
+    measured = train(
+        configure("again", "steps=0", f"init={best}"),
+        features=features,
+        encoder=small_encoder,
+        log=quiet,
+    )
+    assert measured.metrics == json.loads((best / "training.json").read_text())["metrics"]
+    with pytest.raises(UserError, match="has other sizes than model"):
+        train(
+            configure("wide", "model.width=32", f"init={best}"),
+            features=features,
+            encoder=small_encoder,
+            log=quiet,
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["batch.accumulate=3"], "batch.videos 4 cannot be shared"),
+        (["data.train=trian"], "no split trian of your own data; it has train, val"),
+        (["validation.metric=acc"], "no acc of your own data; there are choice, open, all, loss"),
+        (["model.heads=5"], "model: width 16 is not a multiple of heads 5"),
+        (["init=nowhere"], "checkpoint nowhere: no such folder"),
+    ],
+)
+def test_bad_runs_are_refused_before_the_first_step(
+    overrides: list[str], told: str, configure: Any, features: Any, small_encoder: Any
+) -> None:
+    config = configure("run", *overrides)
+    with pytest.raises(UserError, match=told):
+        train(config, features=features, encoder=small_encoder, log=quiet)
+    assert not (Path(config.out) / "log.jsonl").is_file()
+
+
+def test_what_cannot_be_used_is_told_and_counts_as_wrong(
+    configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    answers = dataset / "answers.txt"
+    answers.write_text("red\ngreen\n")
+    del features["v0.mp4"], features["v6.mp4"]
+    lines: list[str] = []
+    config = configure("run", "steps=1", f"data.answers={answers}")
+    result = train(config, features=features, encoder=small_encoder, log=lines.append)
+    told = "\n".join(lines)
+    assert "train: 3 questions about 1 videos without features, v0.mp4 first: left out" in told
+    assert "validation: 3 questions about 1 videos without features, v6.mp4 first" in told
+    assert "open answers are among the 2 of the classifier; others give no loss" in told
+    asked = sum(line.count("v5.mp4") for line in (dataset / "val.jsonl").read_text().splitlines())
+    right = result.metrics["all"] * (asked + 3) / 100
+    assert right == pytest.approx(round(right)) and right <= asked
+
+    row = json.dumps(small.question(0, "v1.mp4", 0))
+    (dataset / "train.jsonl").write_text(f"{row}\n{row}\n")
+    with pytest.raises(UserError, match="question id q0 is given at"):
+        train(configure("twice"), features=features, encoder=small_encoder, log=quiet)
+
+
+def test_features_of_another_encoder_are_refused(
+    configure: Any, features: Any, small_encoder: Any
+) -> None:
+    for found in features.values():
+        found.patches = found.patches[:, :2]
+    with pytest.raises(UserError, match="set encoder to the one that they were made with"):
+        train(configure("run"), features=features, encoder=small_encoder, log=quiet)
+
+
+def test_loading_hides_behind_the_steps(
+    configure: Any, features: Any, small_encoder: Any, tmp_path: Path
+) -> None:
+    class Slow(dict):
+        def __getitem__(self, name: str) -> Any:
+            time.sleep(0.004)
+            return super().__getitem__(name)
+
+    config = configure("run", "steps=30", "data.workers=2", "data.val=null")
+    train(config, features=Slow(features), encoder=small_encoder, log=quiet)
+    lines = [json.loads(s) for s in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    waited = sorted(line["seconds_waiting_for_data"] for line in lines[10:])
+    assert waited[len(waited) // 2] < 0.01, "a batch takes 4 × 2 × 4 ms to make"

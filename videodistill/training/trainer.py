@@ -1,0 +1,551 @@
+"""Train a model on cached features: steps, validation, checkpoints, and exact resumption.
+
+What a step does follows from the configuration, the number of the step and the weights alone: the
+batch, all draws, learning rate, sigma and temperature. So a checkpoint is weights, moments and a
+number, and a run that goes on from one computes what it would have computed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+)
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from videodistill.encoders import ImageTextEncoder, load_encoder
+from videodistill.errors import UserError
+from videodistill.model import VideoDistill
+from videodistill.training.checkpoint import (
+    export_model,
+    load_checkpoint,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from videodistill.training.config import TrainConfig
+from videodistill.training.dataset import Batch, Examples, Plan, load_batches
+from videodistill.training.losses import Objective
+from videodistill.training.material import Material, make_examples, make_model, read_material
+from videodistill.training.progress import LogFiles, show_progress, stop_asked
+
+Log = Callable[[str], None]
+
+_CHANGEABLE = {
+    *("out", "encoder", "data.path", "data.features", "data.answers", "data.workers"),
+    *("save_every", "log_every"),
+}
+"""Keys that a run may be resumed with other values of: they change nothing that is computed. What
+the paths lead to is compared by its content."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    step: int
+    """Steps done, in this and in earlier calls."""
+    ended: str
+    """"complete", "early" (patience), or "interrupted"."""
+    metrics: dict[str, float]
+    """Of the last validation of this call; empty if there was none."""
+    best: float | None
+    """Best value of the validation metric in the whole run."""
+    best_step: int | None
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint knows beside weights and moments."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    worse: int = 0
+    """Validations in a row that were no better."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    features: Mapping[str, Any] | None = None,
+    encoder: ImageTextEncoder | None = None,
+    resume: bool = False,
+    cpu: bool = False,
+    log: Log = print,
+) -> TrainResult:
+    """Train, or go on training.
+
+    With several processes (torchrun) each calls this; together they compute what one would.
+
+    Args:
+        config: The run.
+        features: By video; see :class:`videodistill.training.dataset.Examples`. By default the
+            feature cache in ``config.data.features``.
+        encoder: That they were made with; by default ``config.encoder`` is loaded.
+        resume: Go on from the newest checkpoint in ``config.out``, or begin where there is none.
+        cpu: Leave GPUs alone.
+        log: Called with lines of progress, in the first process.
+
+    Raises:
+        UserError: Something about the configuration, data or folder is wrong; the loss is not
+            finite; a file cannot be written.
+    """
+    out = Path(config.out)
+    try:
+        return _train(config, out, features, encoder, resume, cpu, log)
+    except (OSError, SafetensorError) as error:
+        # safetensors tells of a full disk in words alone.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or "os error 28" in str(error) or "No space left" in str(error)
+        remedy = "choose another out"
+        if full:
+            remedy = "free some space and go on with --resume; the last checkpoint is whole"
+        elif not isinstance(error, SafetensorError) and error.errno is None:
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        where = getattr(error, "filename", None) or out
+        raise UserError(f"{where}: {reason}; {remedy}") from error
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    features: Mapping[str, Any] | None,
+    encoder: ImageTextEncoder | None,
+    resume: bool,
+    cpu: bool,
+    log: Log,
+) -> TrainResult:
+    accelerator = Accelerator(
+        cpu=cpu,
+        kwargs_handlers=[
+            # A batch without questions of one kind leaves the weights for that kind unused.
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            # The first process encodes all texts while the others wait.
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+        ],
+    )
+    if not accelerator.is_main_process:
+        log = _no_log
+    parts = accelerator.num_processes * config.batch.accumulate
+    if config.batch.videos % parts:
+        raise UserError(
+            f"batch.videos {config.batch.videos} cannot be shared by {accelerator.num_processes} "
+            f"processes times batch.accumulate {config.batch.accumulate}: give a multiple of "
+            f"{parts}"
+        )
+    found = newest_checkpoint(out / "checkpoints")
+    if found and not resume:
+        raise UserError(
+            f"{out}: holds a run of {read_state(found)['step']} steps; go on with --resume, or "
+            "choose another out"
+        )
+    state = read_state(found) if found else None
+    if state:
+        _refuse_changes(config, state, found)
+    if encoder is None:
+        encoder = load_encoder(config.encoder)
+    encoder = encoder.to(accelerator.device)
+    if features is None:
+        features = _open_features(config, encoder)
+    material = read_material(config, features, encoder, log)
+    if state and state["digest"] != material.digest:
+        raise UserError(
+            f"{found}: was trained on other questions, answers or features than there are now; "
+            "restore them, or choose another out"
+        )
+    model = make_model(config, encoder, material.vocabulary)
+    with accelerator.main_process_first():
+        train_examples, val_examples = make_examples(
+            config, material, features, encoder, model, log
+        )
+    run = _Run(config, out, accelerator, encoder, material, model, val_examples, log)
+    if found:
+        progress = {key: state[key] for key in asdict(run.progress)}
+        load_checkpoint(found, run.objective, run.optimiser)
+        run.progress = _Progress(**progress)
+        log(f"going on after step {run.progress.step}")
+    return run.all_steps(train_examples, parts)
+
+
+def _no_log(line: str) -> None:
+    """Of all processes but the first."""
+
+
+def _open_features(config: TrainConfig, encoder: ImageTextEncoder) -> Mapping[str, Any]:
+    from videodistill.engine.feature_cache import FeatureCache
+
+    return FeatureCache.open(Path(config.data.features), encoder_fingerprint=encoder.fingerprint)
+
+
+def _refuse_changes(config: TrainConfig, state: Mapping[str, Any], found: Path) -> None:
+    now, before = _flat(json.loads(json.dumps(asdict(config)))), _flat(state["config"])
+    changed = [
+        f"{key} {_shown(before, key)}, now {_shown(now, key)}"
+        for key in sorted(now.keys() | before.keys())
+        if key not in _CHANGEABLE and _shown(before, key) != _shown(now, key)
+    ]
+    if changed:
+        raise UserError(
+            f"{found}: was trained with {'; '.join(changed)}: give the same values, or choose "
+            "another out"
+        )
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{path}{name}.")
+        else:
+            flat[f"{path}{name}"] = value
+    return flat
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not set"
+
+
+class _Run:
+    """One run in one process."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        accelerator: Accelerator,
+        encoder: ImageTextEncoder,
+        material: Material,
+        model: VideoDistill,
+        val_examples: Examples | None,
+        log: Log,
+    ):
+        self.config, self.out, self.accelerator, self.log = config, out, accelerator, log
+        self.material, self.model, self.val_examples = material, model, val_examples
+        self.weights = asdict(config.losses)
+        self.pretraining = any(config.losses.pretraining.values())
+        self.encoder = encoder if config.losses.masked_language else None
+        words = encoder.model.config.text_config.vocab_size
+        self.objective = Objective(model, config.losses, words).to(accelerator.device)
+        if config.gradient_checkpointing:
+            _recompute_blocks(model)
+        self.wrapped = accelerator.prepare(self.objective)
+        self.clipped, self.optimiser = _optimiser(self.objective, config)
+        self.progress = _Progress()
+        self.metrics: dict[str, float] = {}
+
+    def all_steps(self, examples: Examples | None, parts: int) -> TrainResult:
+        """The steps that are left."""
+        config, progress = self.config, self.progress
+        self._check_metric()
+        main = self.accelerator.is_main_process
+        with LogFiles(self.out, progress.step, main) as files, stop_asked() as asked:
+            ended = "complete"
+            if config.steps == 0 and self.val_examples:
+                self._validate(files)
+                self._keep_best()
+            batches = self._batches(examples, parts) if progress.step < config.steps else ()
+            with show_progress(progress.step, config.steps, self.log) as show:
+                for began, waited, chunk in batches:
+                    loss = self._step(chunk, files, began, waited)
+                    show(progress.step, loss)
+                    due = progress.step % config.validation.every == 0
+                    if self.val_examples and (due or progress.step == config.steps):
+                        self._validate(files)
+                        self._keep_best()
+                    patience = config.validation.patience
+                    if patience is not None and progress.worse >= patience:
+                        ended = "early"
+                    elif self._any(bool(asked)) and progress.step < config.steps:
+                        ended = "interrupted"
+                    last = progress.step == config.steps or ended != "complete"
+                    if last or progress.step % config.save_every == 0:
+                        self._save()
+                    if last:
+                        break
+            if ended != "interrupted" and not self.val_examples and config.steps:
+                self._export({})
+        return TrainResult(progress.step, ended, self.metrics, progress.best, progress.best_step)
+
+    def _batches(
+        self, examples: Examples, parts: int
+    ) -> Iterator[tuple[float, float, list[Batch]]]:
+        """Of each step: when it began, seconds that it waited for data, and this process's parts of
+        its batch, which follow one another where the process accumulates."""
+        config, accelerator = self.config, self.accelerator
+        first = accelerator.process_index * config.batch.accumulate
+        numbers = [
+            step * parts + first + part
+            for step in range(self.progress.step, config.steps)
+            for part in range(config.batch.accumulate)
+        ]
+        self.plan = Plan(examples.rows, config.batch, config.seed)
+        loader = iter(
+            load_batches(
+                examples,
+                self.plan,
+                numbers,
+                parts=parts,
+                workers=config.data.workers,
+                pin=accelerator.device.type == "cuda",
+            )
+        )
+        for _ in range(self.progress.step, config.steps):
+            began = time.perf_counter()
+            batches = [next(loader) for _ in range(config.batch.accumulate)]
+            yield began, time.perf_counter() - began, batches
+
+    def _step(
+        self,
+        batches: list[Batch],
+        files: LogFiles,
+        began: float,
+        waited: float,
+    ) -> float | None:
+        """One step of the optimiser; its loss where that is logged."""
+        config, step = self.config, self.progress.step
+        share = config.optimiser.share(step, config.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["full_lr"] * share
+        for name in ("sigma", "temperature"):
+            schedule = getattr(config.curriculum, name)
+            if schedule is not None:
+                setattr(self.model.config, name, schedule.at(step, config.steps))
+        self.wrapped.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        sums: dict[str, float | Tensor] = defaultdict(float)
+        for number, batch in enumerate(batches):
+            waits = number < len(batches) - 1
+            with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
+                losses, _ = self._losses(batch)
+                loss = sum(
+                    (self.weights[name] / batch.totals[name] * value)
+                    for name, value in losses.items()
+                )
+                if isinstance(loss, Tensor):
+                    # Gradients are averaged over processes, while these losses are parts of a sum.
+                    self.accelerator.backward(loss * self.accelerator.num_processes)
+            for name, value in losses.items():
+                sums[name] += value.detach() / batch.totals[name]
+        norms = [
+            nn.utils.clip_grad_norm_(parameters, config.optimiser.clip)
+            for parameters in self.clipped
+        ]
+        norm = torch.stack(norms).norm()
+        # Gradients are the same in all processes, and so is what each makes of them.
+        if not torch.isfinite(norm):
+            raise UserError(self._not_finite(step))
+        self.optimiser.step()
+        self.progress.step += 1
+        if self.progress.step % config.log_every == 0 or self.progress.step == config.steps:
+            means = self._over_processes(sums)
+            total = sum(self.weights[name] * value for name, value in means.items())
+            files.write(
+                self.progress.step,
+                {
+                    "loss": total,
+                    **{f"loss/{name}": value for name, value in means.items()},
+                    "learning_rate": config.optimiser.learning_rate * share,
+                    "sigma": self.model.config.sigma,
+                    "temperature": self.model.config.temperature,
+                    "gradient_norm": float(norm),
+                    "epoch": step * config.batch.videos / self.plan.chunks,
+                    "seconds": time.perf_counter() - began,
+                    "seconds_waiting_for_data": waited,
+                },
+            )
+            return total
+        return None
+
+    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        device = self.accelerator.device
+        batch = batch.to(device)
+        # "random" frames are drawn by torch's own generator.
+        torch.manual_seed((batch.seed + batch.row_offset) % 2**63)
+        masked_text = None
+        if self.encoder is not None:
+            masked_text = self.encoder.encode_ids(batch.pairs.masked_ids)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return self.wrapped(batch, masked_text)
+
+    def _over_processes(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Sums over all processes; each may lack a loss that its part has no questions for."""
+        names = [name for name in self.weights if name != "masked_share"]
+        device = self.accelerator.device
+        values = torch.tensor([float(sums.get(name, 0.0)) for name in names], device=device)
+        values = self.accelerator.reduce(values, "sum").tolist()
+        return {n: v for n, v in zip(names, values, strict=True) if self.weights[n]}
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(value, "sum") > 0)
+
+    def _not_finite(self, step: int) -> str:
+        rate = self.optimiser.param_groups[0]["lr"]
+        found = newest_checkpoint(self.out / "checkpoints")
+        kept = f"{found} is the last good checkpoint" if found else "no checkpoint was written yet"
+        return (
+            f"the loss or its gradient is not finite in step {step + 1}, at learning rate "
+            f"{rate:.3g}: {kept}; lower optimiser.learning_rate, or try precision=fp32"
+        )
+
+    def _check_metric(self) -> None:
+        """Find out before the first step whether the metric will be there."""
+        metric = self.config.validation.metric
+        if not self.val_examples or metric == "loss":
+            return
+        if self.pretraining:
+            raise UserError(
+                f"validation.metric {metric}: pretraining gives no answers; set it to loss"
+            )
+        known = self.material.score({}).metrics
+        if metric not in known:
+            raise UserError(
+                f"validation.metric: no {metric} of {self.material.dataset.title}; there are "
+                f"{', '.join(known)}, loss"
+            )
+
+    @torch.no_grad()
+    def _validate(self, files: LogFiles) -> None:
+        """Measure the model; each process answers a share of the questions."""
+        config, accelerator = self.config, self.accelerator
+        parts = accelerator.num_processes * config.batch.accumulate
+        plan = Plan(
+            self.val_examples.rows,
+            replace(config.batch, videos=config.batch.videos // parts),
+            0,
+            shuffled=False,
+        )
+        batches = math.ceil(plan.chunks / plan.batch.videos)
+        loader = load_batches(
+            self.val_examples,
+            plan,
+            range(accelerator.process_index, batches, accelerator.num_processes),
+            workers=config.data.workers,
+            pin=accelerator.device.type == "cuda",
+        )
+        self.wrapped.eval()
+        answers: list[tuple[int, int]] = []
+        sums: dict[str, float] = defaultdict(float)
+        totals: dict[str, int] = defaultdict(int)
+        wrapped, self.wrapped = self.wrapped, self.objective  # no gradients to exchange
+        for batch in loader:
+            losses, guesses = self._losses(batch)
+            for name, value in losses.items():
+                sums[name] += float(value)
+                totals[name] += batch.totals[name]
+            answers += zip(batch.rows.tolist(), guesses.tolist(), strict=True)
+        self.wrapped = wrapped
+        if accelerator.num_processes > 1:
+            answers = gather_object(answers)
+            gathered = gather_object([(dict(sums), dict(totals))])
+            sums, totals = defaultdict(float), defaultdict(int)
+            for some_sums, some_totals in gathered:
+                for name in some_sums:
+                    sums[name] += some_sums[name]
+                    totals[name] += some_totals[name]
+        loss = sum(self.weights[name] * sums[name] / totals[name] for name in sums)
+        self.metrics = {"loss": loss}
+        if not self.pretraining:
+            self.metrics |= {
+                name: metric.percent
+                for name, metric in self.material.score(self._texts(answers)).metrics.items()
+            }
+        files.write(self.progress.step, self.metrics, "validation")
+        shown = self.config.validation.metric
+        self.log(f"step {self.progress.step}: validation {shown} {self.metrics[shown]:.4g}")
+
+    def _texts(self, answers: Iterable[tuple[int, int]]) -> dict[str, int | str]:
+        """Answers by question id, of (row, guess)."""
+        texts: dict[str, int | str] = {}
+        for row, guess in answers:
+            if row < 0 or guess < 0:
+                continue
+            question = self.material.val.asked[row]
+            open_ended = question.choices is None
+            texts[question.question_id] = self.material.vocabulary[guess] if open_ended else guess
+        return texts
+
+    def _keep_best(self) -> None:
+        progress, metric = self.progress, self.config.validation.metric
+        value = self.metrics[metric]
+        sign = -1 if metric == "loss" else 1
+        if progress.best is not None and sign * value <= sign * progress.best:
+            progress.worse += 1
+            return
+        progress.best, progress.best_step, progress.worse = value, progress.step, 0
+        self._export(self.metrics)
+
+    def _export(self, metrics: Mapping[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            record = {
+                "step": self.progress.step,
+                "metrics": dict(metrics),
+                "config": asdict(self.config),
+            }
+            export_model(self.model, self.out / "best", record)
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            state = {
+                **asdict(self.progress),
+                "digest": self.material.digest,
+                "config": asdict(self.config),
+            }
+            folder = self.out / "checkpoints"
+            save_checkpoint(folder, self.progress.step, self.objective, self.optimiser, state)
+
+
+def _recompute_blocks(model: VideoDistill) -> None:
+    """Gradient checkpointing of all blocks. They draw nothing, so no generator need be restored."""
+    for block in (*model.sampler.blocks, *model.refiner.blocks):
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def _optimiser(
+    objective: Objective, config: TrainConfig
+) -> tuple[list[list[nn.Parameter]], torch.optim.Optimizer]:
+    """AdamW that decays matrices, and the parameters whose gradients are clipped together.
+
+    Those of the sampler apart: the draw's gradient is noisy, and must not shrink the others.
+    """
+    settings = config.optimiser
+    sampler = [*objective.model.sampler.parameters(), objective.evidence_scale]
+    known = {id(parameter) for parameter in sampler}
+    others = [p for p in objective.parameters() if id(p) not in known]
+    groups = []
+    for parameters, share in ((sampler, settings.sampler_share), (others, 1.0)):
+        for decayed in (True, False):
+            groups.append(
+                {
+                    "params": [p for p in parameters if (p.ndim >= 2) == decayed],
+                    "weight_decay": settings.weight_decay if decayed else 0.0,
+                    "full_lr": share * settings.learning_rate,
+                }
+            )
+    optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+    return [sampler, others], optimiser
