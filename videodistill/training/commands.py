@@ -1,7 +1,9 @@
-"""``videodistill train-default``: make the bundled model."""
+"""``videodistill train``, and ``train-default``, which makes the bundled model."""
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,50 @@ import typer
 app = typer.Typer(help="Train models.")
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a recipe: nextqa, msvd, star, ...")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Instead of what the file says."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in out, if any.")
+    ] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
+) -> None:
+    """Train a model on features of videos that videodistill extract computed.
+
+    Ctrl-C or SIGTERM saves first. docs/training.md has all keys.
+    """
+    from videodistill.training.config import read_config
+
+    settings = read_config(config, overrides or ())
+    from videodistill.training.trainer import train as run
+
+    result = run(settings, resume=resume, cpu=cpu, log=_say_first)
+    if result.ended == "interrupted":
+        options = ["--resume", *(["--cpu"] if cpu else [])]
+        words = ["videodistill", "train", config, *(overrides or ()), *options]
+        _say_first(f"saved after step {result.step}; go on with: {shlex.join(words)}")
+        raise typer.Exit(128 + result.signal)
+    if result.ended == "early":
+        _say_first(f"stopped early, after step {result.step}: it got no better")
+    if result.best is not None:
+        metric = settings.validation.metric
+        _say_first(f"best {metric}: {result.best:.4g}, after step {result.best_step}")
+    best = Path(settings.out) / "best"
+    _say_first(f"ask it: videodistill answer VIDEO QUESTION --checkpoint {shlex.quote(str(best))}")
+
+
+def _say_first(line: str) -> None:
+    """Of several processes, the first alone speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from videodistill.data.record import Question, Stretch
+from videodistill.errors import UserError
 from videodistill.training.config import BatchConfig
 from videodistill.training.losses import needed_frames
 from videodistill.training.texts import TextStore
@@ -197,7 +198,7 @@ class Examples:
         totals = {
             "answer": int((self._answer[everyone] >= 0).sum()),
             "choice": int((self._right[everyone] >= 0).sum()),
-            "evidence": self._with_evidence(chunks),
+            "evidence": sum(row in self._evidence for row in everyone.tolist()),
         }
         pairs = None
         if self.pairs is not None:
@@ -258,18 +259,6 @@ class Examples:
         choices = np.zeros(places.shape, np.int64)
         choices[mask] = self._choices[places[mask]]
         return choices, mask
-
-    def _with_evidence(self, chunks: Sequence[Chunk]) -> int:
-        """How many questions have a candidate frame that shows evidence."""
-        count = 0
-        for group, rows in chunks:
-            annotated = [row for row in rows if row in self._evidence]
-            if annotated:
-                seconds = self._look(group)[2]
-                count += sum(
-                    bool(needed_frames(seconds, *self._evidence[row]).any()) for row in annotated
-                )
-        return count
 
     def _pair_batch(
         self,
@@ -393,8 +382,13 @@ class _Parts(Dataset):
     def __init__(self, examples: Examples, plan: Plan, parts: int):
         self.examples, self.plan, self.parts = examples, plan, parts
 
-    def __getitem__(self, number: int) -> Batch:
-        step, part = divmod(number, self.parts)
+    def __getitem__(self, number: int) -> Batch | UserError:
+        try:
+            return self._made(*divmod(number, self.parts))
+        except UserError as error:  # raised here, it would come with the process's traceback
+            return error
+
+    def _made(self, step: int, part: int) -> Batch:
         chunks = self.plan.of_step(step)
         size = self.plan.batch.videos // self.parts
         seed = int(np.random.SeedSequence((self.plan.seed, step)).generate_state(1, np.uint64)[0])
@@ -411,7 +405,7 @@ def load_batches(
     parts: int = 1,
     workers: int = 0,
     pin: bool = False,
-) -> Iterable[Batch]:
+) -> Iterator[Batch]:
     """Batches in the order of their numbers, step · parts + part, made ahead by processes.
 
     Args:
@@ -421,8 +415,11 @@ def load_batches(
         parts: That a step's batch is cut into; divides ``plan.batch.videos``.
         workers: Processes; 0 makes a batch when it is asked for.
         pin: Keep them where a GPU can copy from without a detour.
+
+    Raises:
+        UserError: Features cannot be read.
     """
-    return DataLoader(
+    loader = DataLoader(
         _Parts(examples, plan, parts),
         batch_size=None,
         sampler=numbers,
@@ -433,6 +430,10 @@ def load_batches(
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_start_worker if workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _start_worker(number: int) -> None:

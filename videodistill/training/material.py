@@ -103,6 +103,11 @@ def read_material(
             f"{data.path}: no question of split {data.train} has an answer and features of its "
             f"video in {data.features}; cache the videos of this split first"
         )
+    if not config.steps and not val.asked:
+        raise UserError(
+            f"{data.path}: without steps the model is only measured, and no question of split "
+            f"{data.val} has an answer and features of its video in {data.features}"
+        )
     _check_sizes(features, (train.asked or val.asked)[:1], encoder, data.features)
     vocabulary = [] if pretraining else _vocabulary(config, dataset, train.asked)
     for name, split in (("train", train), ("validation", val)):

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -70,6 +72,8 @@ class TrainResult:
     best: float | None
     """Best value of the validation metric in the whole run."""
     best_step: int | None
+    signal: int
+    """That interrupted it, where one did."""
 
 
 @dataclass
@@ -146,6 +150,10 @@ def _train(
     )
     if not accelerator.is_main_process:
         log = _no_log
+    if accelerator.device.type == "cuda":
+        # The same bits again after a resumption. Where CUDA has no such kernel, torch warns.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     parts = accelerator.num_processes * config.batch.accumulate
     if config.batch.videos % parts:
         raise UserError(
@@ -259,32 +267,43 @@ class _Run:
         self._check_metric()
         main = self.accelerator.is_main_process
         with LogFiles(self.out, progress.step, main) as files, stop_asked() as asked:
-            ended = "complete"
-            if config.steps == 0 and self.val_examples:
+            if config.steps == 0:
                 self._validate(files)
-                self._keep_best()
-            batches = self._batches(examples, parts) if progress.step < config.steps else ()
-            with show_progress(progress.step, config.steps, self.log) as show:
+            bar = show_progress(progress.step, config.steps, self.log) if main else nullcontext()
+            with bar as show:
+                ended = self._ended(False)
+                batches = self._batches(examples, parts) if ended is None else ()
                 for began, waited, chunk in batches:
                     loss = self._step(chunk, files, began, waited)
-                    show(progress.step, loss)
+                    if main:
+                        show(progress.step, loss)
                     due = progress.step % config.validation.every == 0
                     if self.val_examples and (due or progress.step == config.steps):
                         self._validate(files)
-                        self._keep_best()
-                    patience = config.validation.patience
-                    if patience is not None and progress.worse >= patience:
-                        ended = "early"
-                    elif self._any(bool(asked)) and progress.step < config.steps:
-                        ended = "interrupted"
-                    last = progress.step == config.steps or ended != "complete"
-                    if last or progress.step % config.save_every == 0:
+                    ended = self._ended(self._any(bool(asked)))
+                    if ended or progress.step % config.save_every == 0:
                         self._save()
-                    if last:
+                    if ended:
                         break
-            if ended != "interrupted" and not self.val_examples and config.steps:
+            if ended == "complete" and not self.val_examples:
                 self._export({})
-        return TrainResult(progress.step, ended, self.metrics, progress.best, progress.best_step)
+        return TrainResult(
+            progress.step,
+            ended,
+            self.metrics,
+            progress.best,
+            progress.best_step,
+            signal=asked[0] if asked else signal.SIGTERM,
+        )
+
+    def _ended(self, stop: bool) -> str | None:
+        """Why there is no further step; None where there is one."""
+        patience = self.config.validation.patience
+        if self.progress.step >= self.config.steps:
+            return "complete"
+        if patience is not None and self.progress.worse >= patience:
+            return "early"
+        return "interrupted" if stop else None
 
     def _batches(
         self, examples: Examples, parts: int
@@ -299,15 +318,13 @@ class _Run:
             for part in range(config.batch.accumulate)
         ]
         self.plan = Plan(examples.rows, config.batch, config.seed)
-        loader = iter(
-            load_batches(
-                examples,
-                self.plan,
-                numbers,
-                parts=parts,
-                workers=config.data.workers,
-                pin=accelerator.device.type == "cuda",
-            )
+        loader = load_batches(
+            examples,
+            self.plan,
+            numbers,
+            parts=parts,
+            workers=config.data.workers,
+            pin=accelerator.device.type == "cuda",
         )
         for _ in range(self.progress.step, config.steps):
             began = time.perf_counter()
@@ -476,6 +493,7 @@ class _Run:
         files.write(self.progress.step, self.metrics, "validation")
         shown = self.config.validation.metric
         self.log(f"step {self.progress.step}: validation {shown} {self.metrics[shown]:.4g}")
+        self._keep_best()
 
     def _texts(self, answers: Iterable[tuple[int, int]]) -> dict[str, int | str]:
         """Answers by question id, of (row, guess)."""

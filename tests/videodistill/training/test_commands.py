@@ -1,8 +1,11 @@
-"""`videodistill train-default`: what its options become, and what it refuses."""
+"""`videodistill train` and `train-default`: what options become, and what is refused."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from typer.testing import CliRunner
 
 from videodistill.cli import app
 from videodistill.engine.checks import ASSETS
-from videodistill.training import default_model
+from videodistill.training import default_model, trainer
 
 
 @pytest.fixture
@@ -60,3 +63,69 @@ def test_bad_folders_and_workers_are_refused_in_one_line(tmp_path: Path) -> None
         assert result.stderr.count("\n") == 1
         assert all(part in result.stderr for part in named), result.stderr
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A run on questions about the bundled video, with the bundled encoder."""
+    annotations = tmp_path / "annotations"
+    annotations.mkdir()
+    shutil.copy(ASSETS / "sample.mp4", annotations)
+    rows = [
+        {"video": "sample.mp4", "question": f"what {what} turns blue?", "answer": answer}
+        for what, answer in (("thing", "ring"), ("shape", "star"), ("object", "ring"))
+    ]
+    for split in ("train", "val"):
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (annotations / f"{split}.jsonl").write_text("".join(lines))
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"""
+out: {tmp_path / "out"}
+encoder: {ASSETS / "default" / "encoder"}
+data: {{dataset: own, path: {annotations}, features: {tmp_path / "features"}, workers: 0}}
+model: {{width: 16, heads: 2, frames: 8, pick: 2, merge: 2}}
+batch: {{videos: 1, questions: 3}}
+steps: 3
+precision: fp32
+"""
+    )
+    return file
+
+
+def test_from_videos_to_answers(run_file: Path, tmp_path: Path) -> None:
+    def call(*words: str, status: int = 0) -> str:
+        result = CliRunner().invoke(app, [*words])
+        assert result.exit_code == status, result.output
+        return result.stdout if status == 0 else result.stderr
+
+    annotations, out = tmp_path / "annotations", tmp_path / "out"
+    told = call("train", str(run_file), status=2)
+    assert "features: holds no features; make them with: videodistill extract" in told
+    call(
+        *("extract", "own", str(annotations), "--out", str(tmp_path / "features")),
+        *("--frames", "8", "--workers", "1"),
+    )
+    told = call("train", str(run_file))
+    assert "best all:" in told
+    assert f"videodistill answer VIDEO QUESTION --checkpoint {out / 'best'}" in told
+    told = call("train", str(run_file), status=2)
+    assert "holds a run of 3 steps; go on with --resume" in told
+    told = call("train", str(run_file), "steps=4", "--resume", status=2)
+    assert "was trained with steps 3, now 4" in told
+    answer = call(
+        *("answer", str(ASSETS / "sample.mp4"), "what shape turns blue?", "--json"),
+        *("--checkpoint", str(out / "best")),
+    )
+    assert json.loads(answer)["answers"][0]["answer"] in ("ring", "star")
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = trainer.TrainResult(2, "interrupted", {}, None, None, signal.SIGTERM)
+    monkeypatch.setattr(trainer, "train", lambda *_, **options: ended)
+    result = CliRunner().invoke(app, ["train", str(run_file), "seed=3", "--cpu"])
+    assert result.exit_code == 128 + signal.SIGTERM
+    again = f"videodistill train {run_file} seed=3 --resume --cpu"
+    assert result.stdout == f"saved after step 2; go on with: {again}\n"
