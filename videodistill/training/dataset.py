@@ -38,7 +38,7 @@ class PairBatch(NamedTuple):
     other_mask: Tensor
     """bool [B,M]."""
     other_real: Tensor
-    """bool [B]: False where the batch holds no text about another video."""
+    """bool [B]: False where that is a text of the same video, or the same text."""
     masked_ids: Tensor
     """int64 [B,M]: the text with some of its tokens blanked out."""
     masked_target: Tensor
@@ -278,7 +278,8 @@ class Examples:
         # The text at the same place of the next chunk, of another video if there is one.
         shift = int(rng.integers(1, max(2, len(chunks))))
         other = np.roll(np.arange(len(chunks)), shift)
-        differs = videos != videos[other]
+        # A text that both have does not tell them apart.
+        differs = (videos != videos[other])[:, None] & (texts != texts[other])
         other_tokens, _, other_mask = self.texts.tokens(texts[other[mine]].ravel())
         draw = rng.random((*padded.shape, self.pairs.max_tokens))[mine]
         draw = draw.reshape(len(ids), -1)[:, : ids.shape[1]]
@@ -297,7 +298,7 @@ class Examples:
         same_text = texts[mine].reshape(-1, 1) == everyone
         is_own = place[mine].reshape(-1, 1) == own
         totals |= {
-            "matching": int((real * (1 + differs[:, None])).sum()),
+            "matching": int((real * (1 + differs)).sum()),
             "masked_language": int(real.sum()),
             "contrastive": int(real.sum()),
         }
@@ -305,7 +306,7 @@ class Examples:
             self.texts.embed(texts[other[mine]].ravel()),
             other_tokens,
             other_mask,
-            (real & differs[:, None])[mine].ravel(),
+            (real & differs)[mine].ravel(),
             np.where(blank, self.pairs.blank_id, ids),
             np.where(blank, ids, -1),
             self.texts.embed(everyone),

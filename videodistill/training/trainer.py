@@ -116,6 +116,18 @@ def train(
     out = Path(config.out)
     try:
         return _train(config, out, features, encoder, resume, cpu, log)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{out}: the GPU has too little memory; raise batch.accumulate, set "
+            "gradient_checkpointing=true, or lower batch.videos"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"{out}: a process that loads features was killed, perhaps for lack of memory, or of "
+            "room in /dev/shm; go on with --resume and fewer data.workers"
+        ) from error
     except (OSError, SafetensorError) as error:
         # safetensors tells of a full disk in words alone.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)

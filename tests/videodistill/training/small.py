@@ -28,7 +28,13 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@dataclass
+PRETRAINING = (
+    "losses={answer: 0, choice: 0, matching: 1, masked_language: 1, contrastive: 0.3}",
+    "validation.metric=loss",
+)
+
+
+@dataclass(eq=False)
 class Features:
     """As the feature cache gives them for a video."""
 

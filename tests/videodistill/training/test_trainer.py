@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -8,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +73,19 @@ def test_a_run_leaves_logs_a_checkpoint_and_its_best_model(
     assert set(opened.model.config.answers) <= set(small.COLOURS)
 
 
-@pytest.mark.parametrize("sampling", ["perturbed", "gumbel"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("curriculum.sigma={start: 0.4, end: 0.1}",),
+        ("model.sampling=gumbel", "curriculum.temperature={start: 2, end: 0.5}", "precision=bf16"),
+        ("model.frame_choice=random", "batch.accumulate=2"),
+        small.PRETRAINING,
+    ],
+    ids=["perturbed", "gumbel", "random", "pretraining"],
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
-    sampling: str, configure: Any, features: Any, small_encoder: Any
+    settings: tuple[str, ...], configure: Any, features: Any, small_encoder: Any
 ) -> None:
-    settings = (f"model.sampling={sampling}", "curriculum.sigma={start: 0.4, end: 0.1}")
-
     def interrupt(line: str) -> None:
         if line.startswith("step 7/"):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -316,3 +326,97 @@ def test_loading_hides_behind_the_steps(
     lines = [json.loads(s) for s in (Path(config.out) / "log.jsonl").read_text().splitlines()]
     waited = sorted(line["seconds_waiting_for_data"] for line in lines[10:])
     assert waited[len(waited) // 2] < 0.01, "a batch takes 4 × 2 × 4 ms to make"
+
+
+def test_a_corpus_is_never_in_memory_as_a_whole(
+    configure: Any, features: Any, small_encoder: Any
+) -> None:
+    alive: weakref.WeakSet[small.Features] = weakref.WeakSet()
+    most = 0
+
+    class OnDisk(dict):
+        def __getitem__(self, name: str) -> Any:
+            nonlocal most
+            found = dataclasses.replace(super().__getitem__(name))
+            alive.add(found)
+            most = max(most, len(alive))
+            return found
+
+    config = configure("run", "batch.videos=2", "steps=6")
+    train(config, features=OnDisk(features), encoder=small_encoder, log=quiet)
+    assert 2 <= most <= 3, "two videos of a batch, and one that was just let go"
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "a process that loads features was killed"),
+        (lambda: fail(UserError("shard 3 is damaged")), "^shard 3 is damaged$"),
+        (lambda: fail(torch.OutOfMemoryError("CUDA out of memory")), "raise batch.accumulate"),
+    ],
+    ids=["killed", "damaged", "memory"],
+)
+def test_what_fails_beside_the_steps_is_one_line(
+    failure: Callable[[], None], told: str, configure: Any, features: Any, small_encoder: Any
+) -> None:
+    here = os.getpid()
+
+    class Failing(dict):
+        def __getitem__(self, name: str) -> Any:
+            if os.getpid() != here:
+                failure()
+            return super().__getitem__(name)
+
+    config = configure("run", "data.workers=1")
+    with pytest.raises(UserError, match=told):
+        train(config, features=Failing(features), encoder=small_encoder, log=quiet)
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+@pytest.fixture
+def telling(dataset: Path) -> dict[str, small.Features]:
+    """Videos of three kinds, whose frames tell the kind; questions and answers, too."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(3, small.WIDTH // 2, generator=generator).half()
+    features = small.features_of([f"v{number}.mp4" for number in range(24)])
+    asked = ("a large blue square at left", "how many objects moved?", "yellow star")
+    for split, numbers in (("train", range(18)), ("val", range(18, 24))):
+        rows = []
+        for number in numbers:
+            kind = number % 3
+            features[f"v{number}.mp4"].frame_embed[:] = kinds[kind]
+            row = {"video": f"v{number}.mp4", "question": asked[kind]}
+            rows.append(json.dumps(row | {"answer": small.COLOURS[kind]}) + "\n")
+        (dataset / f"{split}.jsonl").write_text("".join(rows))
+    return features
+
+
+LEARNING = ("steps=40", "validation.every=40", "optimiser.learning_rate=0.01", "batch.videos=6")
+
+
+def test_what_can_be_learnt_is_learnt(configure: Any, small_encoder: Any, telling: Any) -> None:
+    config = configure("run", *LEARNING)
+    result = train(config, features=telling, encoder=small_encoder, log=quiet)
+    assert result.metrics["all"] == 100.0
+
+
+def test_pretraining_learns_and_its_model_can_be_gone_on_with(
+    configure: Any, telling: Any, small_encoder: Any
+) -> None:
+    config = configure("pretrained", *LEARNING, *small.PRETRAINING)
+    result = train(config, features=telling, encoder=small_encoder, log=quiet)
+    assert set(result.metrics) == {"loss"}
+    lines = [line for line in curve(Path(config.out)) if line["kind"] == "train"]
+    for name in ("matching", "masked_language", "contrastive"):
+        values = [line[f"loss/{name}"] for line in lines]
+        assert sum(values[-8:]) < 0.5 * sum(values[:8]), name
+    best = Path(config.out) / "best"
+    assert not any("masked" in name for name in load_file(best / "model.safetensors"))
+    tuned = configure("tuned", "steps=1", f"init={best}")
+    assert train(tuned, features=telling, encoder=small_encoder, log=quiet).step == 1
+    with pytest.raises(UserError, match="pretraining gives no answers; set it to loss"):
+        settings = (*small.PRETRAINING, "validation.metric=all")
+        train(configure("x", *settings), features=telling, encoder=small_encoder, log=quiet)
