@@ -386,7 +386,7 @@ class _Run:
         self.optimiser.step()
         self.progress.step += 1
         if self.progress.step % config.log_every == 0 or self.progress.step == config.steps:
-            means = self._over_processes(sums)
+            means = self._over_processes(sums, batches[0].totals)
             total = sum(self.weights[name] * value for name, value in means.items())
             files.write(
                 self.progress.step,
@@ -416,13 +416,14 @@ class _Run:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return self.wrapped(batch, masked_text)
 
-    def _over_processes(self, sums: Mapping[str, Any]) -> dict[str, float]:
-        """Sums over all processes; each may lack a loss that its part has no questions for."""
-        names = [name for name in self.weights if name != "masked_share"]
+    def _over_processes(
+        self, sums: Mapping[str, Any], totals: Mapping[str, int]
+    ) -> dict[str, float]:
+        """Sums over all processes, of the losses that the whole batch has questions for."""
+        names = [name for name, count in totals.items() if count and self.weights[name]]
         device = self.accelerator.device
         values = torch.tensor([float(sums.get(name, 0.0)) for name in names], device=device)
-        values = self.accelerator.reduce(values, "sum").tolist()
-        return {n: v for n, v in zip(names, values, strict=True) if self.weights[n]}
+        return dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
     def _any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
