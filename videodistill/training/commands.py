@@ -43,7 +43,8 @@ def train(
         options = ["--resume", *(["--cpu"] if cpu else [])]
         words = ["videodistill", "train", config, *(overrides or ()), *options]
         _say_first(f"saved after step {result.step}; go on with: {shlex.join(words)}")
-        raise typer.Exit(128 + result.signal)
+        # Not typer.Exit: of 130 the command line would say "interrupted" once more.
+        raise SystemExit(128 + result.signal)
     if result.ended == "early":
         _say_first(f"stopped early, after step {result.step}: it got no better")
     if result.best is not None:

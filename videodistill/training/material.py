@@ -37,7 +37,7 @@ class SplitQuestions:
     unseen: list[Question] = field(default_factory=list)
     """About videos without."""
     broken: list[Broken] = field(default_factory=list)
-    """Annotations that cannot be read."""
+    """Annotations that cannot be read; of the validation split alone."""
 
 
 @dataclass
@@ -88,8 +88,8 @@ def read_material(
     data, pretraining = config.data, any(config.losses.pretraining.values())
     dataset = get_dataset(data.dataset)
     found = dataset.find(data.path)
-    train = _read(dataset, found, data.train, data.path, features)
-    val = _read(dataset, found, data.val, data.path, features)
+    train = _read(dataset, found, data.train, data.path, features, None)
+    val = _read(dataset, found, data.val, data.path, features, [])
     if data.holdout:
         train, val = _hold_out(train, data.holdout)
     if not pretraining:
@@ -142,13 +142,15 @@ def _read(
     split: str | None,
     path: str,
     features: Mapping[str, Any],
+    broken: list[Broken] | None,
 ) -> SplitQuestions:
-    questions = SplitQuestions()
+    """A split; its broken annotations are put into ``broken``, without which one is an error."""
+    questions = SplitQuestions(broken=[] if broken is None else broken)
     if split is None:
         return questions
     if split not in found:
         raise UserError(f"{path}: no split {split} of {dataset.title}; it has {', '.join(found)}")
-    for question in dataset.read(found[split], questions.broken):
+    for question in dataset.read(found[split], broken):
         if question.clips:
             raise UserError(f"{dataset.title} chooses between videos, which cannot be trained here")
         seen = question.video in features
@@ -158,7 +160,7 @@ def _read(
 
 def _hold_out(whole: SplitQuestions, share: float) -> tuple[SplitQuestions, SplitQuestions]:
     """Training and validation questions: by a hash of the video's name, the same in every run."""
-    train, val = SplitQuestions(broken=whole.broken), SplitQuestions()
+    train, val = SplitQuestions(), SplitQuestions()
     for name in ("asked", "unseen"):
         for question in getattr(whole, name):
             digest = hashlib.sha256(question.video.encode()).digest()
@@ -180,7 +182,7 @@ def _tell(name: str, split: SplitQuestions, log: Callable[[str], None]) -> None:
         )
     if split.broken:
         log(
-            f"{name}: {len(split.broken)} annotations cannot be read: {effect}; the first is "
+            f"{name}: {len(split.broken)} annotations cannot be read: counted as wrong; the first: "
             f"{split.broken[0].message}"
         )
 

@@ -98,7 +98,8 @@ def train(
 ) -> TrainResult:
     """Train, or go on training.
 
-    With several processes (torchrun) each calls this; together they compute what one would.
+    With several processes (torchrun) each calls this; together they compute what one would. torch's
+    generator is seeded anew in every step.
 
     Args:
         config: The run.
@@ -152,7 +153,8 @@ def _train(
     log: Log,
 ) -> TrainResult:
     accelerator = Accelerator(
-        cpu=cpu,
+        # Without being told, it would take several processes on CPUs for so many runs.
+        cpu=cpu or not torch.accelerator.is_available(),
         kwargs_handlers=[
             # A batch without questions of one kind leaves the weights for that kind unused.
             DistributedDataParallelKwargs(find_unused_parameters=True),

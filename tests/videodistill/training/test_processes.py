@@ -21,7 +21,7 @@ from videodistill.training.trainer import train
 
 folder, encoder, out = map(Path, sys.argv[1:4])
 config = small.config_for(folder, encoder, out, *sys.argv[4:])
-train(config, features=small.features_of([f"v{n}.mp4" for n in range(7)]), cpu=True)
+train(config, features=small.features_of([f"v{n}.mp4" for n in range(7)]))
 """
 
 
@@ -30,7 +30,7 @@ def test_two_processes_learn_what_one_learns(
 ) -> None:
     settings = ("steps=4", "validation.every=2", "model.sampling=gumbel")
     one, two = configure("one", *settings), configure("two", *settings)
-    train(one, features=features, encoder=small_encoder, cpu=True, log=lambda line: None)
+    train(one, features=features, encoder=small_encoder, log=lambda line: None)
     script = dataset / "rank.py"
     script.write_text(_RANK)
     launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")

@@ -298,6 +298,19 @@ def test_what_cannot_be_used_is_told_and_counts_as_wrong(
     right = result.metrics["all"] * (asked + 3) / 100
     assert right == pytest.approx(round(right)) and right <= asked
 
+    whole = (dataset / "val.jsonl").read_text()
+    (dataset / "val.jsonl").write_text(whole + "{}\n")
+    lines.clear()
+    worse = train(
+        configure("worse", "steps=1"), features=features, encoder=small_encoder, log=lines.append
+    )
+    assert any("validation: 1 annotations cannot be read: counted as wrong" in s for s in lines)
+    assert worse.metrics["all"] * (asked + 4) == pytest.approx(
+        100 * round(worse.metrics["all"] * (asked + 4) / 100)
+    )
+    (dataset / "train.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"train\.jsonl:1: video must be a text"):
+        train(configure("broken"), features=features, encoder=small_encoder, log=quiet)
     row = json.dumps(small.question(0, "v1.mp4", 0))
     (dataset / "train.jsonl").write_text(f"{row}\n{row}\n")
     with pytest.raises(UserError, match="question id q0 is given at"):
