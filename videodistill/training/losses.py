@@ -147,14 +147,18 @@ class Objective(nn.Module):
                 sums["answer"] = F.cross_entropy(
                     logits, batch.answer, ignore_index=-1, reduction="sum"
                 )
+        wanted = self.weights.choice and batch.totals["choice"]
         if batch.choice_mask.shape[1]:
             logits = self.model.choice_logits(output.answer_embed, batch.choice_embed).float()
             logits = logits.masked_fill(~batch.choice_mask, torch.finfo(logits.dtype).min)
             guesses = torch.where(batch.choice_mask.any(1), logits.argmax(-1), guesses)
-            if self.weights.choice and batch.totals["choice"]:
+            if wanted:
                 sums["choice"] = F.cross_entropy(
                     logits, batch.right_choice, ignore_index=-1, reduction="sum"
                 )
+        elif wanted:
+            # Another process has choices, and waits for this one's gradients.
+            sums["choice"] = 0.0 * output.answer_embed.sum()
         if self.weights.evidence and batch.totals["evidence"]:
             mask = batch.frame_mask
             if mask is not None:

@@ -119,21 +119,15 @@ def read_material(
                 f"{name}: {share:.1f}% of the open answers are among the {len(vocabulary)} of the "
                 f"classifier; others {effect}"
             )
-    facts = [
-        encoder.fingerprint,
-        vocabulary,
-        *(
-            (q.question_id, q.video, q.question, q.answer, q.choices, q.interval)
-            for split in (train, val)
-            for q in split.asked
-        ),
-    ]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([encoder.fingerprint, vocabulary]).encode())
+    for q in (*train.asked, *val.asked):
+        fact = (q.question_id, q.video, q.question, q.answer, q.choices, q.interval, q.evidence)
+        digest.update(json.dumps(fact).encode())
     wups: dict[str, Any] = {}
     if RULES[dataset.rule].by_wups and val.asked:
         stop_words = read_lines(found[data.val or data.train].with_name("stopwords.txt"))
         wups = {"lexicon": WordNet(), "stop_words": stop_words}
-    return Material(dataset, train, val, vocabulary, digest, wups)
+    return Material(dataset, train, val, vocabulary, digest.hexdigest()[:16], wups)
 
 
 def _read(
@@ -277,7 +271,8 @@ def make_examples(
         for question in questions
         for choice in question.choices or ()
     )
-    others = [text for text in options if text not in frozenset(asked)]
+    known = frozenset(asked)
+    others = [text for text in options if text not in known]
     texts = TextStore.make(Path(config.out) / "texts", encoder, asked, others, log=log)
     pairs = None
     if pretraining:

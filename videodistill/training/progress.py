@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from videodistill.data.files import write_whole
+
 Show = Callable[[int, float | None], None]
 
 
@@ -91,7 +93,7 @@ class LogFiles:
                         kept.append(line)
                 except (ValueError, KeyError):
                     pass  # half a line, of a run that was killed while it wrote
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_whole(path, "".join(f"{line}\n" for line in kept))
         self._lines = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 

@@ -525,7 +525,8 @@ class _Run:
         progress, metric = self.progress, self.config.validation.metric
         value = self.metrics[metric]
         sign = -1 if metric == "loss" else 1
-        if progress.best is not None and sign * value <= sign * progress.best:
+        no_better = progress.best is not None and sign * value <= sign * progress.best
+        if no_better or not math.isfinite(value):
             progress.worse += 1
             return
         progress.best, progress.best_step, progress.worse = value, progress.step, 0

@@ -10,7 +10,8 @@ import torch
 from tests.videodistill.training import small
 from videodistill.data.record import Question
 from videodistill.encoders import ImageTextEncoder
-from videodistill.training.config import BatchConfig
+from videodistill.model import VideoDistill
+from videodistill.training.config import BatchConfig, LossConfig
 from videodistill.training.dataset import (
     Batch,
     Examples,
@@ -19,6 +20,7 @@ from videodistill.training.dataset import (
     load_batches,
     text_of,
 )
+from videodistill.training.losses import Objective
 from videodistill.training.texts import TextStore
 
 QUESTIONS = [
@@ -193,3 +195,16 @@ def test_the_text_of_a_pair_holds_the_answer() -> None:
     assert text_of(question, False) == "what colour?"
     assert text_of(question, True) == "what colour? red"
     assert text_of(Question("x", "v0", "a red ball"), True) == "a red ball"
+
+
+def test_a_part_without_choices_joins_in_the_loss_of_those_with_some(
+    examples: Examples, small_encoder: ImageTextEncoder
+) -> None:
+    model = VideoDistill.for_encoder(small_encoder, width=16, heads=2, answers=["red", "blue"])
+    objective = Objective(model, LossConfig(), words=10)
+    chunks = list(enumerate(examples.rows))
+    sums, guesses = objective(examples.batch(chunks, slice(4, 5), seed=7))
+    assert sums.keys() == {"answer", "choice"} and sums["choice"] == 0
+    assert sums["choice"].requires_grad and guesses.shape == (3,)
+    alone, _ = objective(examples.batch(chunks[4:], slice(0, 1), seed=7))
+    assert alone.keys() == {"answer"}
