@@ -22,7 +22,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Instead of what the file says."),
+        typer.Argument(metavar="KEY.PATH=VALUE", help="Instead of what the file says."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in out, if any.")
@@ -31,7 +31,7 @@ def train(
 ) -> None:
     """Train a model on features of videos that videodistill extract computed.
 
-    Ctrl-C or SIGTERM saves first. docs/training.md has all keys.
+    Ctrl-C or SIGTERM finishes the step and saves; docs/training.md tells more.
     """
     from videodistill.training.config import read_config
 

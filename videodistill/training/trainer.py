@@ -72,8 +72,8 @@ class TrainResult:
     best: float | None
     """Best value of the validation metric in the whole run."""
     best_step: int | None
-    signal: int
-    """That interrupted it, where one did."""
+    signal: int | None = None
+    """That interrupted it."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ def train(
         full = full or "os error 28" in str(error) or "No space left" in str(error)
         remedy = "choose another out"
         if full:
-            remedy = "free some space and go on with --resume; the last checkpoint is whole"
+            remedy = "free some space and go on with --resume"
         elif not isinstance(error, SafetensorError) and error.errno is None:
             raise
         reason = getattr(error, "strerror", None) or str(error)
@@ -301,14 +301,10 @@ class _Run:
                         break
             if ended == "complete" and not self.val_examples:
                 self._export({})
-        return TrainResult(
-            progress.step,
-            ended,
-            self.metrics,
-            progress.best,
-            progress.best_step,
-            signal=asked[0] if asked else signal.SIGTERM,
-        )
+        # It may have been another process that the signal came to.
+        number = (asked or [signal.SIGTERM])[0] if ended == "interrupted" else None
+        best = progress.best, progress.best_step
+        return TrainResult(progress.step, ended, self.metrics, *best, number)
 
     def _ended(self, stop: bool) -> str | None:
         """Why there is no further step; None where there is one."""
