@@ -488,6 +488,47 @@ def test_kernels_fit_and_the_document_tells_what_they_take(
         assert not missing, "python -m vd_kernels.compile_kernels docs/kernels.md writes it anew"
 
 
+OLDEST = Path(sys.prefix) / "triton-3.6.0"
+COMPILE = """
+import sys, triton
+from vd_kernels import compile_kernels
+assert triton.__version__ == "3.6.0", triton.__version__
+cases = [c for c in compile_kernels.covering() if f"{c.operator}, {c.form}, {c.sizes}" in sys.argv]
+assert len(cases) == len(sys.argv) - 1
+for case in cases:
+    for usage in compile_kernels.compile_case(case, "sm_90"):
+        assert not usage.fails, usage
+        print(usage.kernel)
+"""
+
+
+@pytest.mark.skipif(not OLDEST.is_dir(), reason="`make test` installs Triton 3.6.0 for it")
+def test_the_oldest_triton_compiles_every_kernel() -> None:
+    """In one variant each; with OLDEST first on PYTHONPATH, compile_kernels does all of them."""
+    cases = (
+        "language_gate, softmax, M32 D64",
+        "spacetime_attention, time gate, N16 D64",
+        "spacetime_attention, space gate prefix, N197 D64",
+        "topk_sample, given, N100",
+        "topk_sample, gumbel, N512",
+        "topk_sample, lapsum, N512",
+        "topk_gather, weights, K16 E4096",
+        "topk_gather, soft set, K4 E768",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *cases],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+        cwd=DOCUMENT.parents[1],
+        env={**os.environ, "PYTHONPATH": str(OLDEST)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = set(done.stdout.split())
+    assert found == set.union(*itertools.chain.from_iterable(KERNELS.values()))
+
+
 def test_the_document_tells_of_nothing_else() -> None:
     kernels = [
         launch

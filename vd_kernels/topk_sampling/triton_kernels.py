@@ -737,7 +737,7 @@ _SM_80 = {
     # frames of a row: settings. 16 keys to a thread, and one warp where that is enough: it
     # counts without a barrier.
     64: Settings(1, 168, 64, 512),
-    128: Settings(1, 168, 32, 512),
+    128: Settings(1, 200, 32, 512),
     256: Settings(1, 168, 32, 512),
     512: Settings(1, 168, 64, 512),
     1024: Settings(2, 224, 128, 1024),
