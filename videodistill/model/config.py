@@ -31,6 +31,9 @@ class VideoDistillConfig:
     ffn_ratio: int = 4
     merge: int = 1
     """The refiner sees ``merge`` × ``merge`` neighbouring patches as one token."""
+    mixing: str = "gate"
+    """How the question meets vision: "gate", or the control "cross_attention", which adds what the
+    question's tokens say to the visual ones."""
     gate: str = "scalar"
     """"scalar": one gate per token and head; "channel": one per channel."""
 
@@ -39,15 +42,19 @@ class VideoDistillConfig:
     pick: int = 8
     """Frames that the sampler keeps (K)."""
     frame_choice: str = "learned"
-    """"learned", or the controls it is compared with: "uniform", "random"."""
+    """"learned", or the controls it is compared with: "uniform", "random", and "mean", which takes
+    the mean of all candidates for one frame."""
     sampling: str = "perturbed"
-    """How frames are drawn in training: "perturbed", "gumbel", or "hard", which takes the K best
-    as inference does and sends the sampler no gradient from the answer."""
+    """How frames are drawn in training: "perturbed", "gumbel", "lapsum", or "hard", which takes the
+    K best as inference does and sends the sampler no gradient from the answer. "soft" mixes frames
+    by K Gumbel-softmax draws with replacement, in inference, too (Gao et al. 2023, MIST)."""
+    gradient: str = "exact"
+    """Of "perturbed": "exact", or "diagonal" as published code has it; see ``topk_sample``."""
     sigma: float = 0.1
     """Size of the draw's noise, in units of the standard deviation of a video's frame scores."""
     num_samples: int = 64
     temperature: float = 1.0
-    """Of "gumbel"."""
+    """Of "gumbel", "lapsum" and "soft", in units of sigma."""
 
     logit_scale: float = 100.0
     """Turns cosines with answers into logits: the encoder's own."""
@@ -92,9 +99,11 @@ class VideoDistillConfig:
         if any(side % self.merge for side in self.patch_grid):
             raise ValueError(f"merge {self.merge} does not divide patch_grid {self.patch_grid}")
         allowed = {
+            "mixing": ("gate", "cross_attention"),
             "gate": ("scalar", "channel"),
-            "frame_choice": ("learned", "uniform", "random"),
-            "sampling": ("perturbed", "gumbel", "hard"),
+            "frame_choice": ("learned", "uniform", "random", "mean"),
+            "sampling": ("perturbed", "gumbel", "lapsum", "soft", "hard"),
+            "gradient": ("exact", "diagonal"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:

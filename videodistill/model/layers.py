@@ -1,10 +1,11 @@
-"""What sampler and refiner share: the gate's projections, the feed-forward, the sense of time."""
+"""What sampler and refiner share: how a question meets vision, feed-forward, sense of time."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vd_kernels import language_gate
@@ -46,6 +47,36 @@ class LanguageGate(nn.Module):
             return gate.unsqueeze(-1)
         value = self.value(tokens).unflatten(-1, (self.heads, -1))
         return language_gate(query, key, gate_value=value, key_mask=token_mask, bias=self.bias)
+
+
+class LanguageCrossAttention(nn.Module):
+    """What the question's tokens say to each visual token: the control in place of the gate.
+
+    Args:
+        width: C, of the visual tokens.
+        token_dim: C_t, of the question's tokens.
+        heads: H.
+    """
+
+    def __init__(self, width: int, token_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        # A bias of keys would raise all of a row's scores alike.
+        self.key = nn.Linear(token_dim, width, bias=False)
+        self.value = nn.Linear(token_dim, width)
+
+    def forward(self, visual: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Of visual [B,L,C] and tokens [B,M,C_t], what to add to visual: [B,L,C]."""
+        # A weight of zero does not keep out what padding may hold.
+        tokens = tokens.masked_fill(~token_mask[..., None], 0.0)
+        query, key, value = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x in (self.query(visual), self.key(tokens), self.value(tokens))
+        )
+        mask = token_mask[:, None, None]
+        said = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(said.transpose(1, 2).flatten(2))
 
 
 class FrameGate(nn.Module):

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from vd_kernels import spacetime_attention
 from videodistill.model.config import VideoDistillConfig
-from videodistill.model.layers import FrameGate, LanguageGate, TimeEmbedding, feed_forward
+from videodistill.model.layers import (
+    FrameGate,
+    LanguageCrossAttention,
+    LanguageGate,
+    TimeEmbedding,
+    feed_forward,
+)
 
 
 class Refined(NamedTuple):
@@ -56,8 +62,39 @@ class RefinerBlock(nn.Module):
         return x + self.ffn(x), gate
 
 
+class CrossAttendingRefinerBlock(nn.Module):
+    """Attention over time and over space, cross-attention to the question, a feed-forward.
+
+    The control in place of :class:`RefinerBlock`: one cross-attention has as many parameters as the
+    two gates. What it returns as gates is 1, so that all patches count alike.
+    """
+
+    def __init__(self, config: VideoDistillConfig):
+        super().__init__()
+        width, self.heads = config.width, config.heads
+        self.norms = nn.ModuleDict(
+            {name: nn.LayerNorm(width) for name in ("time", "space", "language")}
+        )
+        self.qkv = nn.ModuleDict({axis: nn.Linear(width, 3 * width) for axis in ("time", "space")})
+        self.out = nn.ModuleDict({axis: nn.Linear(width, width) for axis in ("time", "space")})
+        self.language = LanguageCrossAttention(width, config.token_dim, self.heads)
+        self.ffn = feed_forward(width, config.ffn_ratio)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor, token_mask: Tensor, slot_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B,K,S,C] to tokens, and ones [B,K,S,1,1]."""
+        for axis in ("time", "space"):
+            qkv = self.qkv[axis](self.norms[axis](x)).unflatten(-1, (3, self.heads, -1))
+            seen = spacetime_attention(*qkv.unbind(3), axis=axis, key_mask=slot_mask)
+            x = x + self.out[axis](seen.flatten(3))
+        normed = self.norms["language"](x).flatten(1, 2)
+        x = x + self.language(normed, tokens, token_mask).unflatten(1, x.shape[1:3])
+        return x + self.ffn(x), x.new_ones(*x.shape[:3], 1, 1)
+
+
 class VisionRefiner(nn.Module):
-    """Blocks of gated attention over the chosen frames, and what they pool.
+    """Blocks of attention over the chosen frames, and what they pool, weighted by gates.
 
     A frame is its patches and one token more, the encoder's embedding of the whole frame: through
     it frames can be compared whatever the position of what they show.
@@ -74,7 +111,9 @@ class VisionRefiner(nn.Module):
         # As large as what the patches say: at the usual 0.02 where something is was learnt late.
         self.position = nn.Parameter(torch.randn(1 + patches, width) * 0.5)
         self.time = TimeEmbedding(width)
-        self.blocks = nn.ModuleList(RefinerBlock(config) for _ in range(config.refiner_blocks))
+        gated = config.mixing == "gate"
+        block = RefinerBlock if gated else CrossAttendingRefinerBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.refiner_blocks))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(config.refiner_blocks))
         self.frame_gates = nn.ModuleList(
             FrameGate(config.heads) for _ in range(config.refiner_blocks)

@@ -7,8 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vd_kernels import TopKSample, spacetime_attention, topk_sample
+from vd_kernels.topk_sampling.noise import gumbel_noise
 from videodistill.model.config import VideoDistillConfig
-from videodistill.model.layers import LanguageGate, RotaryTime, TimeEmbedding, feed_forward
+from videodistill.model.layers import (
+    LanguageCrossAttention,
+    LanguageGate,
+    RotaryTime,
+    TimeEmbedding,
+    feed_forward,
+)
 
 
 class SamplerBlock(nn.Module):
@@ -20,11 +27,21 @@ class SamplerBlock(nn.Module):
         self.time_norm, self.gate_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.time_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.rotary = RotaryTime(width // self.heads)
+        self._make_language(config)
+        self.ffn = feed_forward(width, config.ffn_ratio)
+
+    def _make_language(self, config: VideoDistillConfig) -> None:
+        width = config.width
         self.gate = LanguageGate(
             width, config.token_dim, config.heads, channelwise=config.gate == "channel"
         )
         self.value, self.gate_out = nn.Linear(width, width), nn.Linear(width, width)
-        self.ffn = feed_forward(width, config.ffn_ratio)
+
+    def _by_question(self, normed: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """What the question makes of frame states [B,N,C], to be added to them."""
+        gate = self.gate(normed, tokens, token_mask)
+        value = self.value(normed).unflatten(-1, (self.heads, -1))
+        return self.gate_out((gate * value).flatten(2))
 
     def forward(
         self,
@@ -54,11 +71,18 @@ class SamplerBlock(nn.Module):
         seen = spacetime_attention(query, key, value, axis="time", key_mask=frame_mask)
         x = x + self.time_out(seen.flatten(2))
         x = x.repeat_interleave(len(tokens) // len(x), dim=0)
-        normed = self.gate_norm(x)
-        gate = self.gate(normed, tokens, token_mask)
-        value = self.value(normed).unflatten(-1, (self.heads, -1))
-        x = x + self.gate_out((gate * value).flatten(2))
+        x = x + self._by_question(self.gate_norm(x), tokens, token_mask)
         return x + self.ffn(x)
+
+
+class CrossAttendingSamplerBlock(SamplerBlock):
+    """The same with cross-attention to the question's tokens in place of the gate."""
+
+    def _make_language(self, config: VideoDistillConfig) -> None:
+        self.language = LanguageCrossAttention(config.width, config.token_dim, config.heads)
+
+    def _by_question(self, normed: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        return self.language(normed, tokens, token_mask)
 
 
 class FrameSampler(nn.Module):
@@ -74,7 +98,9 @@ class FrameSampler(nn.Module):
         self.config = config
         self.state = nn.Linear(3 * config.embed_dim, config.width)
         self.time = TimeEmbedding(config.width)
-        self.blocks = nn.ModuleList(SamplerBlock(config) for _ in range(config.sampler_blocks))
+        gated = config.mixing == "gate"
+        block = SamplerBlock if gated else CrossAttendingSamplerBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.sampler_blocks))
         self.norm = nn.LayerNorm(config.width)
         self.similarity = nn.Parameter(torch.tensor(10.0))
         self.score = nn.Linear(config.width, 1, bias=False)
@@ -120,23 +146,34 @@ class FrameSampler(nn.Module):
     ) -> TopKSample:
         """K frames of N in order of time: drawn in training, the best ones otherwise.
 
+        Two controls choose no frames: "mean" gives one slot with the mean of all, "soft" K mixtures
+        of frames, and their indices are those of the middle frame and of each mixture's largest.
+
         Args:
-            scores: [B,N]; a config with ``frame_choice`` "uniform" or "random" leaves them unused.
+            scores: [B,N]; a config with another ``frame_choice`` than "learned" leaves them unused.
             pick: K, 1..N.
             frame_mask: bool [B,N], real frames first; None when all are real.
-            seed: Of the draw in training; "random" draws from torch's global generator instead.
+            seed: Of the draw in training, and of "soft" in inference, which draws from 0 without
+                one; "random" draws from torch's global generator instead.
             row_offset: Number of the first row in that draw.
         """
         config = self.config
+        if config.frame_choice == "mean":
+            return _mean_of_all(scores, frame_mask)
         if config.frame_choice == "random":
             scores = torch.rand_like(scores)
         elif config.frame_choice == "uniform":
             scores = _uniform_scores(scores, pick, frame_mask)
+        elif config.sampling == "soft":
+            if seed is None and not self.training:
+                seed = 0
+            logits = scores / config.sigma
+            return _soft_draws(logits, pick, config.temperature, frame_mask, seed, row_offset)
         elif self.training and config.sampling != "hard":
             # Gumbel noise has a fixed size: divided by sigma, scores meet it as if it were sigma's.
-            gumbel = config.sampling == "gumbel"
-            return topk_sample(
-                scores / config.sigma if gumbel else scores,
+            perturbed = config.sampling == "perturbed"
+            sample = topk_sample(
+                scores if perturbed else scores / config.sigma,
                 pick,
                 method=config.sampling,
                 sigma=config.sigma,
@@ -145,7 +182,9 @@ class FrameSampler(nn.Module):
                 mask=frame_mask,
                 seed=seed,
                 row_offset=row_offset,
+                gradient=config.gradient,
             )
+            return _by_slot(sample) if config.sampling == "lapsum" else sample
         return topk_sample(scores, pick, method="hard", mask=frame_mask)
 
 
@@ -193,3 +232,55 @@ def _uniform_scores(scores: Tensor, pick: int, mask: Tensor | None) -> Tensor:
     centres = (torch.arange(pick, device=scores.device) + 0.5) * count / pick
     chosen = torch.zeros_like(scores)
     return chosen.scatter(-1, centres.long().expand(*scores.shape[:-1], pick), 1.0)
+
+
+def _mean_of_all(scores: Tensor, mask: Tensor | None) -> TopKSample:
+    """One slot that holds the mean of the real frames; its index is that of the middle one."""
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool)
+    count = mask.sum(-1, keepdim=True)
+    weights = mask.float() / count.clamp_min(1)
+    real = count > 0
+    return TopKSample(weights.unsqueeze(-2), torch.where(real, (count - 1) // 2, -1), real)
+
+
+def _soft_draws(
+    logits: Tensor,
+    pick: int,
+    temperature: float,
+    mask: Tensor | None,
+    seed: int | Tensor | None,
+    row_offset: int,
+) -> TopKSample:
+    """K Gumbel-softmax draws of mixtures of frames, independent of each other, in order of time.
+
+    Args:
+        logits: [B,N]; pick: K; temperature: Of the softmax.
+        mask: bool [B,N] or None.
+        seed: Of the draws; None takes one from torch's global generator.
+        row_offset: Number of the first row.
+    """
+    rows, frames = logits.shape
+    if seed is None:
+        seed = torch.randint(2**62, (), device=logits.device)
+    noise = gumbel_noise(rows, pick, frames, seed, row_offset, logits.device)
+    keys = (logits.float().unsqueeze(1) + noise) / temperature
+    if mask is None:
+        weights = keys.softmax(-1)
+        real = torch.ones(rows, pick, dtype=torch.bool, device=logits.device)
+    else:
+        # Not -inf: of a row without real frames all would be NaN.
+        weights = keys.masked_fill(~mask[:, None], -1e9).softmax(-1) * mask[:, None]
+        real = mask.any(-1, keepdim=True).expand(-1, pick)
+    indices, order = weights.argmax(-1).sort(stable=True)
+    weights = weights.gather(1, order[..., None].expand(-1, -1, frames))
+    return TopKSample(weights, indices.masked_fill(~real, -1), real)
+
+
+def _by_slot(sample: TopKSample) -> TopKSample:
+    """A "lapsum" sample with weights for each slot, [B,K,N], in place of the set's [B,N]."""
+    weights, indices, real = sample
+    at = indices.clamp_min(0)
+    own = weights.gather(-1, at).masked_fill(~real, 0.0)
+    spread = own.new_zeros(*indices.shape, weights.shape[-1])
+    return TopKSample(spread.scatter(-1, at[..., None], own[..., None]), indices, real)

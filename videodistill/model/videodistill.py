@@ -28,7 +28,8 @@ class VideoDistillOutput(NamedTuple):
     """fp32 [B,N]: how much each candidate frame is wanted; mean 0 and variance 1 over a video. All
     zero where ``config.frame_choice`` leaves the sampler out."""
     sample: TopKSample
-    """The choice: weights [B,K,N], indices [B,K] in order of time, slot_mask [B,K]."""
+    """The choice: weights [B,K,N], indices [B,K] in order of time, slot_mask [B,K]; with
+    ``config.frame_choice`` "mean", K is 1."""
     patch_gates: Tensor
     """[B,K,S] in (0,1), 0 in empty slots: the last pooling gates, averaged over heads."""
 
@@ -130,7 +131,7 @@ class VideoDistill(
         )
 
         def gather(values: Tensor) -> Tensor:
-            return topk_gather(values, together).unflatten(1, (questions, pick)).flatten(0, 1)
+            return topk_gather(values, together).unflatten(1, (questions, -1)).flatten(0, 1)
 
         e = gather(F.normalize(frame_embed, dim=-1))
         refined = self.refiner(

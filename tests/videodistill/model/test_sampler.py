@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vd_kernels import TopKSample, topk_gather, topk_sample
 from videodistill.model.layers import RotaryTime
-from videodistill.model.sampler import _frame_states, _standardise, _uniform_scores
+from videodistill.model.sampler import (
+    _by_slot,
+    _frame_states,
+    _mean_of_all,
+    _soft_draws,
+    _standardise,
+    _uniform_scores,
+)
 
 MASK = torch.arange(9) < torch.tensor([9, 5, 2])[:, None]
 """Three videos of 9, 5 and 2 real frames."""
@@ -83,3 +91,59 @@ def test_uniform_frames_of_videos_with_padding() -> None:
     """Centres of the real frames; where there are fewer than K, all of them and nothing else."""
     scores = _uniform_scores(torch.randn(3, 9), 3, MASK)
     assert [row.nonzero().flatten().tolist() for row in scores] == [[1, 4, 7], [0, 2, 4], [0, 1]]
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_mean_of_the_real_frames(mask: torch.Tensor | None) -> None:
+    values = torch.randn(3, 9, 2, generator=torch.Generator().manual_seed(3))
+    sample = _mean_of_all(torch.zeros(3, 9), mask)
+    counts = [9, 9, 9] if mask is None else [9, 5, 2]
+    expected = torch.stack([row[:count].mean(0) for row, count in zip(values, counts, strict=True)])
+    torch.testing.assert_close(topk_gather(values, sample).squeeze(1), expected)
+    assert sample.indices.tolist() == [[(count - 1) // 2] for count in counts]
+    assert sample.slot_mask.all()
+    empty = _mean_of_all(torch.zeros(1, 9), torch.zeros(1, 9, dtype=torch.bool))
+    assert empty.weights.eq(0).all() and empty.indices.tolist() == [[-1]]
+    assert not empty.slot_mask.any()
+
+
+def test_soft_draws_are_gumbel_softmax_with_replacement() -> None:
+    """As often as softmax says a frame is a draw's largest, and often twice in the same choice."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(4000, 4)
+    weights, indices, real = _soft_draws(logits, 3, 0.5, None, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4000, 3))
+    assert real.all() and torch.equal(weights.argmax(-1), indices)
+    assert (indices.diff(dim=-1) >= 0).all() and (indices.diff(dim=-1) == 0).any()
+    shares = indices.flatten().bincount(minlength=4) / indices.numel()
+    torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.015, rtol=0)
+    sharp = _soft_draws(logits, 3, 0.01, None, 7)
+    assert torch.equal(sharp.indices, indices)
+    assert sharp.weights.amax(-1).median() > 0.999 > weights.amax(-1).median()
+    assert not torch.equal(_soft_draws(logits, 3, 0.5, None, 8).indices, indices)
+
+
+def test_soft_draws_send_gradients_and_leave_padding_out() -> None:
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    mask = torch.arange(9) < torch.tensor([9, 2, 0])[:, None]
+    weights, indices, real = _soft_draws(logits, 4, 1.0, mask, 1)
+    assert weights.masked_select(~mask[:, None]).eq(0).all()
+    assert real.tolist() == [[True] * 4, [True] * 4, [False] * 4]
+    assert indices[2].tolist() == [-1] * 4 and indices[1].max() < 2
+    (gradient,) = torch.autograd.grad((weights * torch.arange(9)).sum(), logits)
+    assert gradient[0].abs().min() > 0 and gradient[1, :2].abs().min() > 0
+    assert gradient[~mask].eq(0).all()
+
+
+def test_a_soft_set_by_slots_gathers_the_same() -> None:
+    mask = torch.arange(9) < torch.tensor([9, 5, 2])[:, None]
+    values = torch.randn(3, 9, 2, generator=torch.Generator().manual_seed(5))
+    both = []
+    for change in (lambda sample: sample, _by_slot):
+        scores = torch.randn(3, 9, generator=torch.Generator().manual_seed(6), requires_grad=True)
+        sample: TopKSample = change(topk_sample(scores, 3, method="lapsum", mask=mask))
+        gathered = topk_gather(values, sample)
+        both.append((gathered, *torch.autograd.grad(gathered.square().sum(), scores)))
+    assert sample.weights.shape == (3, 3, 9)
+    for whole, by_slot in zip(*both, strict=True):
+        torch.testing.assert_close(whole, by_slot)
+    assert both[0][1].abs().max() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -107,6 +108,31 @@ def test_language_only_gates_and_chooses(gate):
         assert gradient.abs().max() > 0, "the gates do not see the question: the test is empty"
 
 
+def test_cross_attention_tells_vision_what_is_asked():
+    """The control breaks the property above: chosen frames and gates fixed, words still come in."""
+    model = trained(tiny_config(mixing="cross_attention"))
+    batch = inputs()
+    tokens = batch["tokens"].requires_grad_()
+    gates = gates_of(model)
+    assert gates and all(isinstance(gate, FrameGate) for gate in gates)
+    for gate in gates:
+        gate.register_forward_hook(lambda module, _, output: output.detach())
+    (gradient,) = torch.autograd.grad(model(**batch).answer_embed.sum(), tokens)
+    real = batch["token_mask"]
+    assert gradient[real].abs().amax(-1).min() > 0
+    assert gradient[~real].eq(0).all()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"token_dim": 512, "width": 768, "heads": 12}])
+def test_cross_attention_has_as_many_parameters(sizes):
+    with torch.device("meta"):
+        gated, other = (
+            sum(p.numel() for p in VideoDistill(tiny_config(**sizes, mixing=mixing)).parameters())
+            for mixing in ("gate", "cross_attention")
+        )
+    assert other == pytest.approx(gated, rel=0.02)
+
+
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 def test_pinned_gates_leave_nothing_of_the_question(gate):
     """With every gate pinned and the choice fixed, another question leaves the answer bit-equal."""
@@ -190,9 +216,23 @@ def test_save_and_load(tmp_path):
         assert torch.equal(model(**batch).answer_embed, again.eval()(**batch).answer_embed)
 
 
-def test_questions_share_a_video():
-    """Four questions about two videos: the same as each alone."""
+def test_a_checkpoint_of_before_there_were_controls_loads(tmp_path):
     model = trained(tiny_config())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    older = json.loads(file.read_text())
+    for name in ("mixing", "gradient"):
+        del older[name]
+    file.write_text(json.dumps(older))
+    again = VideoDistill.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again.eval()(**inputs()).answer_embed, model(**inputs()).answer_embed)
+
+
+@pytest.mark.parametrize("mixing", ["gate", "cross_attention"])
+def test_questions_share_a_video(mixing):
+    """Four questions about two videos: the same as each alone."""
+    model = trained(tiny_config(mixing=mixing))
     batch = inputs(videos=2, questions=2)
     with torch.no_grad():
         together = model(**batch)
@@ -209,9 +249,12 @@ def test_questions_share_a_video():
             torch.testing.assert_close(alone.answer_embed[0], together.answer_embed[row])
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize(
+    "settings", [{}, {"mixing": "cross_attention"}, {"frame_choice": "mean"}], ids=str
+)
+def test_padding_changes_nothing(settings):
     """Masked candidate frames and masked tokens, NaN or not, leave the answer as it is."""
-    model = trained(tiny_config())
+    model = trained(tiny_config(**settings))
     batch = inputs(videos=1, questions=1, frames=6)
     times = (torch.arange(6)[None] + 0.5) / 6
     with torch.no_grad():
@@ -238,10 +281,22 @@ def test_fewer_real_frames_than_slots():
     assert output.patch_gates[0, 2:].eq(0).all()
 
 
-def test_every_parameter_learns():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"mixing": "cross_attention"},
+        {"gradient": "diagonal"},
+        {"sampling": "gumbel"},
+        {"sampling": "lapsum"},
+        {"sampling": "soft"},
+    ],
+    ids=str,
+)
+def test_every_parameter_learns(settings):
     """One training step reaches all weights but those behind a zero that has yet to leave zero."""
     torch.manual_seed(0)
-    model = trained(tiny_config()).train()
+    model = trained(tiny_config(**settings)).train()
     output = model(**inputs(), seed=1)
     loss = model.vocabulary_logits(output.answer_embed).logsumexp(-1).sum()
     loss.backward()
@@ -262,13 +317,51 @@ def test_controls_ignore_the_question(choice):
         assert first[0].tolist() == [1, 4, 7, 10]
 
 
-def test_other_numbers_of_frames():
+def test_mean_of_all_frames_is_a_video_of_that_one_frame():
+    """Whatever K; what is asked has no say in it."""
+    model = trained(tiny_config(frame_choice="mean"))
+    batch = inputs()
+    mean = F.normalize(batch["frame_embed"], dim=-1).mean(1, keepdim=True)
+    with torch.no_grad():
+        output = model(**batch)
+        # Its embedding is not of length 1 any more, and is not to be made so again.
+        tokens = [batch[name] for name in ("tokens", "token_mask")]
+        patches = batch["patches"].mean(1, keepdim=True).repeat_interleave(2, dim=0)
+        e = mean.repeat_interleave(2, dim=0)
+        half, zero = torch.full((4, 1), 0.5), torch.zeros(4, 1)
+        refined = model.refiner(patches, e, half, zero, *tokens, None)
+        slots = torch.ones(4, 1, dtype=torch.bool)
+        expected = model.answering(e, slots, refined.grains)
+        few = model(**batch, pick=1)
+    assert output.sample.weights.eq(1 / N).all() and output.sample.weights.shape == (4, 1, N)
+    torch.testing.assert_close(output.answer_embed, expected)
+    assert torch.equal(output.answer_embed, few.answer_embed)
+
+
+def test_gradients_of_a_perturbed_choice_differ_in_backward_alone():
+    outputs, gradients = [], []
+    for gradient in ("exact", "diagonal"):
+        model = trained(tiny_config(gradient=gradient)).train()
+        output = model(**inputs(), seed=1)
+        # Through the choice of frames and nothing else of the sampler.
+        weights = (torch.arange(N) * output.sample.weights).sum()
+        (found,) = torch.autograd.grad(weights, model.sampler.score.weight)
+        outputs.append(output.answer_embed)
+        gradients.append(found)
+    assert torch.equal(*outputs)
+    assert F.cosine_similarity(*gradients).item() < 0.99
+
+
+@pytest.mark.parametrize("sampling", ["perturbed", "soft"])
+def test_other_numbers_of_frames(sampling):
     """A model made for 12 frames takes 3 or 40, and another K."""
-    model = trained(tiny_config())
+    model = trained(tiny_config(sampling=sampling))
     for frames, pick in ((3, 3), (40, 6), (1, 1)):
         with torch.no_grad():
             output = model(**inputs(frames=frames), pick=pick)
+            again = model(**inputs(frames=frames), pick=pick)
         assert output.sample.indices.shape == (4, pick)
+        assert torch.equal(output.answer_embed, again.answer_embed)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +370,8 @@ def test_other_numbers_of_frames():
         ({"heads": 5}, "width 32 is not a multiple of heads 5"),
         ({"width": 36}, "width 36 over heads 4 is odd"),
         ({"gate": "vector"}, "gate must be one of"),
+        ({"mixing": "sum"}, "mixing must be one of"),
+        ({"gradient": "none"}, "gradient must be one of"),
         ({"merge": 3}, r"merge 3 does not divide patch_grid \(4, 4\)"),
         ({"pick": 0}, "pick must be a positive integer"),
         ({"refiner_blocks": 0}, "refiner_blocks must be a positive integer, not 0"),
