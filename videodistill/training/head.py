@@ -88,6 +88,14 @@ class Split:
             rows[video].append(row)
         return [torch.tensor(rows[video]) for video in sorted(rows)]
 
+    def in_batches(self, videos: int) -> Iterator[Tensor]:
+        """All rows, of ``videos`` videos at a time that have equally many questions each."""
+        groups = self.by_video()
+        for size in sorted({len(rows) for rows in groups}):
+            same = [rows for rows in groups if len(rows) == size]
+            for first in range(0, len(same), videos):
+                yield torch.cat(same[first : first + videos])
+
 
 def prepare(
     questions: Sequence[Question],
@@ -429,30 +437,25 @@ def evaluate(
     """
     model.eval()
     kept: dict[str, list[_Result]] = defaultdict(list)
-    groups = split.by_video()
-    sizes = sorted({len(rows) for rows in groups})
-    for size in sizes:
-        same = [rows for rows in groups if len(rows) == size]
-        for first in range(0, len(same), videos_per_batch):
-            rows = torch.cat(same[first : first + videos_per_batch])
-            output = look(model, split, rows, frames, pick=pick)
-            guess = model.vocabulary_logits(output.answer_embed).argmax(-1)
-            options = choice_embed[split.choices[rows]]
-            choice = model.choice_logits(output.answer_embed, options).argmax(-1)
-            right, right_choice = guess == split.answer[rows], choice == split.right_choice[rows]
-            seconds = split.features.seconds[split.video[rows]]
-            if frames is not None:
-                seconds = seconds[:, frames]
-            for i, row in enumerate(rows.tolist()):
-                asked = split.questions[row]
-                indices = output.sample.indices[i][output.sample.slot_mask[i]]
-                chosen = seconds[i, indices]
-                hits = [
-                    bool(((chosen >= start - 1e-3) & (chosen < end - 1e-3)).any())
-                    for start, end in asked.evidence
-                ]
-                result = (bool(right[i]), bool(right_choice[i]), hits, asked.reference)
-                kept[asked.family].append(result)
+    for rows in split.in_batches(videos_per_batch):
+        output = look(model, split, rows, frames, pick=pick)
+        guess = model.vocabulary_logits(output.answer_embed).argmax(-1)
+        options = choice_embed[split.choices[rows]]
+        choice = model.choice_logits(output.answer_embed, options).argmax(-1)
+        right, right_choice = guess == split.answer[rows], choice == split.right_choice[rows]
+        seconds = split.features.seconds[split.video[rows]]
+        if frames is not None:
+            seconds = seconds[:, frames]
+        for i, row in enumerate(rows.tolist()):
+            asked = split.questions[row]
+            indices = output.sample.indices[i][output.sample.slot_mask[i]]
+            chosen = seconds[i, indices]
+            hits = [
+                bool(((chosen >= start - 1e-3) & (chosen < end - 1e-3)).any())
+                for start, end in asked.evidence
+            ]
+            result = (bool(right[i]), bool(right_choice[i]), hits, asked.reference)
+            kept[asked.family].append(result)
     report = {family: _summary(kept[family]) for family in sorted(kept)}
     everything = [result for results in kept.values() for result in results]
     for reference in ("direct", "indirect"):
