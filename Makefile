@@ -26,7 +26,7 @@ BUILD_INPUTS = pyproject.toml setup.py constraints.txt vd_kernels/_version.py $(
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help answer test lint sanitize cross bench gpu default-model clean
+.PHONY: help answer test lint sanitize cross bench gpu default-model study clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ gpu: ## on a machine with a GPU: build, test and measure with PYTHON's packages;
 
 default-model: $(INSTALLED) ## make the bundled model again: videos, encoder, features, head
 	$(VENV)/bin/videodistill train-default
+
+study: $(INSTALLED) ## compare VideoDistill with its controls, in hours; a stopped run goes on
+	$(VENV)/bin/videodistill study
 
 clean: ## remove what was built and cached; the packages in .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

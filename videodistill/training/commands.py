@@ -1,14 +1,17 @@
-"""``videodistill train``, and ``train-default``, which makes the bundled model."""
+"""``videodistill train``; ``train-default``, the bundled model; ``study``, what it is compared with."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from videodistill.errors import UserError
 
 app = typer.Typer(help="Train models.")
 
@@ -77,14 +80,70 @@ def train_default(
     """Make the bundled model from nothing: videos, encoder, features, head, model card."""
     from videodistill.training.default_model import train_default as train
 
+    say = _stopwatch()
+    train(work, out, controls=controls, workers=workers, log=say)
+    say(f"the model and its card are in {out}")
+
+
+@app.command()
+def study(
+    work: Annotated[
+        Path, typer.Option(help="Folder for videos, features and models, 5 GB.")
+    ] = Path("runs/study"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of results (study/*.json), page (study.md) and plots.")
+    ] = Path("docs"),
+    arms: Annotated[
+        str | None, typer.Option(help="Names of arms, separated by commas; all by default.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Numbers, separated by commas; 1,2,3 by default.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write page and plots of the results there are.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
+) -> None:
+    """Train and test VideoDistill and its controls alike; a killed run goes on."""
+    from videodistill.training.study import ARMS, StudyRecipe, run_study
+    from videodistill.training.study_report import write_report
+
+    say = _stopwatch()
+    if report_only:
+        if arms is not None or seeds is not None:
+            raise UserError("--report-only shows all results: drop --arms and --seeds")
+        files = write_report(out, recipe=StudyRecipe(), arms=ARMS)
+    else:
+        files = run_study(
+            work,
+            out,
+            arms=None if arms is None else [name.strip() for name in arms.split(",")],
+            seeds=None if seeds is None else _numbers(seeds),
+            workers=workers,
+            log=say,
+        )
+    say(f"the report is in {files[0]}")
+
+
+def _numbers(seeds: str) -> list[int]:
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise UserError(f"seeds {seeds!r}: give numbers from 0 on, separated by commas")
+    return numbers
+
+
+def _stopwatch() -> Callable[[str], None]:
+    """Prints lines with the time since now."""
     begin = time.perf_counter()
 
     def say(line: str) -> None:
         minutes, seconds = divmod(int(time.perf_counter() - begin), 60)
         print(f"{minutes:3}:{seconds:02}  {line}", flush=True)
 
-    train(work, out, controls=controls, workers=workers, log=say)
-    say(f"the model and its card are in {out}")
+    return say
 
 
 @app.callback()

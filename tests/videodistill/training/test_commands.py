@@ -1,4 +1,4 @@
-"""`videodistill train` and `train-default`: what options become, and what is refused."""
+"""`videodistill train`, `train-default`, `study`: what options become, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from videodistill.cli import app
 from videodistill.engine.checks import ASSETS
 from videodistill.training import default_model, trainer
+from videodistill.training import study as study_module
 
 
 @pytest.fixture
@@ -129,3 +130,44 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert result.exit_code == 128 + signal.SIGTERM
     again = f"videodistill train {run_file} seed=3 --resume --cpu"
     assert result.stdout == f"saved after step 2; go on with: {again}\n"
+
+
+def test_study_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    def run(work: Path, out: Path, *, log: Callable[[str], None], **options: object) -> list[Path]:
+        calls.append((work, out, options))
+        return [out / "study.md"]
+
+    monkeypatch.setattr(study_module, "run_study", run)
+    given = ["--work", str(tmp_path), "--arms", "mean, soft", "--seeds", "4,5", "--workers", "3"]
+    result = CliRunner().invoke(app, ["study", *given])
+    assert result.exit_code == 0, result.output
+    assert "the report is in docs/study.md" in result.stdout
+    assert CliRunner().invoke(app, ["study"]).exit_code == 0
+    assert calls == [
+        (tmp_path, Path("docs"), {"arms": ["mean", "soft"], "seeds": [4, 5], "workers": 3}),
+        (Path("runs/study"), Path("docs"), {"arms": None, "seeds": None, "workers": 2}),
+    ]
+    out = str(tmp_path / "out")
+    result = CliRunner().invoke(app, ["study", "--report-only", "--out", out])
+    assert result.exit_code == 0, result.output
+    assert "not yet run" in (tmp_path / "out" / "study.md").read_text()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--seeds", "1,b"], "seeds '1,b': give numbers"),
+        (["--seeds", "1,-2"], "seeds '1,-2': give numbers"),
+        (["--arms", "none"], "arm 'none' is not known"),
+        (["--report-only", "--arms", "mean"], "drop --arms and --seeds"),
+    ],
+)
+def test_study_refuses(given: list[str], said: str, tmp_path: Path) -> None:
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["study", *folders, *given])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and said in result.stderr, result.stderr
+    assert list(tmp_path.iterdir()) == []

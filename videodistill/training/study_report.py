@@ -1,0 +1,344 @@
+"""The study's page and plots, written from what was measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from videodistill.data.files import clear_errors, read_json, write_whole
+from videodistill.data.procedural.questions import FAMILIES
+
+if TYPE_CHECKING:
+    from videodistill.training.study import Arm, StudyRecipe
+
+_NOT_RUN = "not yet run"
+_Record = dict[str, Any]
+_ByArm = dict[str, list[_Record]]
+
+
+def write_report(out: Path, *, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> list[Path]:
+    """Write ``study.md`` and its plots beside the results in ``out``/study.
+
+    Args:
+        out: The folder; without results the page says that nothing was run.
+        recipe: Says at which K and N there are columns.
+        arms: In the order of the rows. A result of an arm that was set otherwise is left out.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: A result cannot be read, or the page cannot be written.
+    """
+    found, others = load_results(out, arms)
+    page = out / "study.md"
+    with clear_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(page, study_page(found, others, blind(out), recipe, arms))
+        return [page, *_draw(out, found, recipe, arms)]
+
+
+def load_results(out: Path, arms: Mapping[str, Arm]) -> tuple[_ByArm, int]:
+    """Results by arm, in the order of their seeds, and how many more there are of other settings.
+
+    Shown together are those that have everything in common but arm, seed and learning rate; where
+    there are several such groups, the one with the newest result.
+    """
+    groups: dict[str, list[_Record]] = {}
+    count = 0
+    for path in sorted((out / "study").glob("*-*.json")):
+        record = read_json(path, dict)
+        if "arm" not in record:  # of the questions alone
+            continue
+        count += 1
+        arm = arms.get(record["arm"])
+        if arm is not None and record["settings"]["arm"] == _as_json(arm.settings):
+            common = json.dumps(record["settings"]["study"], sort_keys=True)
+            groups.setdefault(common, []).append(record)
+    newest = max(groups.values(), key=lambda group: max(r["date"] for r in group), default=[])
+    found = {name: [] for name in arms}
+    for record in sorted(newest, key=lambda record: record["seed"]):
+        found[record["arm"]].append(record)
+    return found, count - len(newest)
+
+
+def blind(out: Path) -> _Record:
+    """What was measured of answering without the video; empty if nothing was."""
+    path = out / "study" / "question-only.json"
+    return read_json(path, dict)["results"] if path.exists() else {}
+
+
+def study_page(
+    found: _ByArm,
+    others: int,
+    blindly: _Record,
+    recipe: StudyRecipe,
+    arms: Mapping[str, Arm],
+) -> str:
+    """All of study.md."""
+    records = [record for group in found.values() for record in group]
+    parts = [
+        "# Does language-awareness help?",
+        "Made by `videodistill study --report-only` from the results in `docs/study`; `make study` "
+        "runs what is missing of them, and goes on where it was stopped.",
+        "Arms differ from VideoDistill in one thing each. They share the bundled encoder, videos, "
+        "number of steps and of tuning runs; learning rates are chosen on the split `val`, and the "
+        "test splits are opened once, after training. Videos are of the procedural benchmark, "
+        "with a prior of answers that depends on the question's words and is reversed in "
+        "`test-reversed`. *Guided* arms learn from the generator's evidence; the others spend "
+        "those steps on answering alone. Numbers are means over seeds ± their standard deviation.",
+        _state(records, found, others),
+        "## Arms",
+        _arms_table(found, arms),
+    ]
+    for title, text, columns in _sections(recipe):
+        parts.append(f"## {title}")
+        parts += [text] if text else []
+        parts.append(_table(["arm", *columns], _rows(found, arms, columns.values())))
+        if title == "Shortcuts":
+            parts.append(_blind_line(blindly))
+    if records:
+        parts += [f"![accuracy against {axis}]({file})" for axis, file in _PLOTS.items()]
+        parts += ["## Cost", _cost(records)]
+    return "\n\n".join(parts) + "\n"
+
+
+_Value = Callable[[_Record], float]
+
+
+def _of(shown: str, what: str = "accuracy", group: str = "all") -> _Value:
+    """One number of a result: what was shown, which group of questions, which measure."""
+    return lambda record: record["results"][shown][group][what]
+
+
+def _at(shown: str, what: str = "accuracy") -> _Value:
+    """The same where a result has no groups."""
+    return lambda record: record["results"][shown][what]
+
+
+def _less(one: _Value, other: _Value) -> _Value:
+    return lambda record: one(record) - other(record)
+
+
+def _sections(recipe: StudyRecipe) -> list[tuple[str, str, dict[str, _Value]]]:
+    """(Title, text, columns) of each table of percents."""
+    direct, indirect = _of("test", group="direct"), _of("test", group="indirect")
+    frames = {count for _, count in recipe.videos.values()}
+    return [
+        (
+            "Accuracy",
+            "Percent of open-ended answers right on `test`, by question family; *choices*: with "
+            "five choices.",
+            {family: _of("test", group=family) for family in FAMILIES}
+            | {"all": _of("test"), "choices": _of("test", "choice")},
+        ),
+        (
+            "Evidence",
+            f"At K = {recipe.model['pick']}. *Recall*: percent of the questions with evidence for "
+            "which a chosen frame lies in it; *all*: in every stretch of it. For mixtures of "
+            "frames their largest part counts, for the mean of all the middle frame. *mIoP*, "
+            "*mIoU* and *Acc@GQA* are NExT-GQA's, of the frames around the best one that have at "
+            "least half its score; models without scores name the whole video.",
+            {
+                "recall": _of("test", "evidence"),
+                "all": _of("test", "covered"),
+                "mIoP": _at("grounding", "mIoP"),
+                "mIoU": _at("grounding", "mIoU"),
+                "Acc@GQA": _at("grounding", "Acc@GQA"),
+            },
+        ),
+        (
+            "Shortcuts",
+            "Percent right on `test`, and what is lost where words mislead: with the prior "
+            "reversed, with indirect references, with a blank or another video. A model that looks "
+            "loses little by the first two and all by the last two.",
+            {
+                "in distribution": _of("test"),
+                "reversed prior": _of("test-reversed"),
+                "prior gap": _less(_of("test"), _of("test-reversed")),
+                "direct": direct,
+                "indirect": indirect,
+                "reference gap": _less(direct, indirect),
+                "blank video": _of("blank"),
+                "other video": _of("shuffled"),
+            },
+        ),
+        (
+            "Number of chosen frames",
+            f"Percent right on `test` by K; training had K = {recipe.model['pick']}.",
+            {f"K = {pick}": _at(f"K={pick}") for pick in recipe.picks},
+        ),
+        (
+            "Number of candidate frames",
+            f"Percent right on `test-long`, videos of {max(frames)} frames, by N.",
+            {f"N = {count}": _at(f"N={count}") for count in recipe.offered},
+        ),
+        (
+            "Short and long videos",
+            f"Percent right with N = {recipe.model['frames']} on videos of {min(frames)} frames "
+            f"(`test`) and of {max(frames)} (`test-long`), and evidence recall there.",
+            {
+                "short": _of("test"),
+                "long": _at(f"N={recipe.model['frames']}"),
+                "short, recall": _of("test", "evidence"),
+                "long, recall": _at(f"N={recipe.model['frames']}", "evidence"),
+            },
+        ),
+    ]
+
+
+def _state(records: Sequence[_Record], found: _ByArm, others: int) -> str:
+    """Which results there are, and of what."""
+    run = [name for name, group in found.items() if group]
+    lines = [f"Results of {len(run)} of {len(found)} arms are there."]
+    if records:
+        study = records[0]["settings"]["study"]
+        seeds = sorted({record["seed"] for record in records})
+        commits = sorted({record["commit"][:10] for record in records})
+        dates = sorted({record["date"] for record in records})
+        videos = ", ".join(
+            f"{name} {count} of {frames} frames"
+            for name, (count, frames) in study["videos"].items()
+        )
+        lines.append(
+            f"Data version {study['data_version']}, data seed {study['data_seed']}, bias "
+            f"{study['bias']}; videos: {videos}. Encoder {study['encoder']}. Seeds "
+            f"{', '.join(map(str, seeds))}; tested at commit {', '.join(commits)}, {dates[0]}"
+            + (f" to {dates[-1]}." if len(dates) > 1 else ".")
+        )
+    else:
+        lines.append("The study was not yet run.")
+    if others:
+        lines.append(f"{others} results of other settings are left out.")
+    return " ".join(lines)
+
+
+def _arms_table(found: _ByArm, arms: Mapping[str, Arm]) -> str:
+    rows = []
+    for name, arm in arms.items():
+        row = [f"{arm.title} (`{name}`)", arm.about]
+        group = found[name]
+        if group:
+            first = group[0]
+            tuned = ", ".join(f"{rate} {value:.1f}" for rate, value in first["tuning"].items())
+            row += [
+                f"{first['parameters']:,}",
+                f"{first['settings']['rate']:g} ({tuned})",
+                _cell([record["val"]["accuracy"] for record in group]),
+                _cell([record["seconds"]["training"] / 60 for record in group]),
+                ", ".join(str(record["seed"]) for record in group),
+            ]
+        else:
+            row += [_NOT_RUN] * 5
+        rows.append(row)
+    heads = ["arm", "what it is", "parameters", "learning rate (val of each tried)", "val"]
+    return _table([*heads, "training, minutes", "seeds"], rows, texts=2)
+
+
+def _rows(found: _ByArm, arms: Mapping[str, Arm], columns: Iterable[_Value]) -> list[list[str]]:
+    columns = list(columns)
+    return [
+        [arm.title, *(_cell(_values(found[name], value)) for value in columns)]
+        for name, arm in arms.items()
+    ]
+
+
+def _values(group: Sequence[_Record], value: _Value) -> list[float]:
+    """The number in each of the results that has it."""
+    values = []
+    for record in group:
+        try:
+            values.append(value(record))
+        except KeyError:  # measured before this was asked
+            continue
+    return values
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return _NOT_RUN
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _blind_line(blindly: _Record) -> str:
+    if not blindly:
+        return f"A model of the questions' words alone: {_NOT_RUN}."
+    return (
+        f"A model of the questions' words alone: {blindly['test']['all']:.1f} in distribution, "
+        f"{blindly['test-reversed']['all']:.1f} with the prior reversed."
+    )
+
+
+def _cost(records: Sequence[_Record]) -> str:
+    """Minutes of one core, as they were measured with another process beside."""
+    stages = ("tuning", "training", "testing")
+    # An arm is tuned once, however many seeds are trained with what was found.
+    tuned = {record["arm"]: record["seconds"]["tuning"] for record in records}
+    spent = {stage: sum(record["seconds"][stage] for record in records) for stage in stages}
+    spent["tuning"] = sum(tuned.values())
+    total = sum(spent.values())
+    return (
+        "Minutes of one core, other work beside it: "
+        + ", ".join(f"{stage} {seconds / 60:.0f}" for stage, seconds in spent.items())
+        + f"; {total / 3600:.1f} core-hours in all, videos and features not counted."
+    )
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> str:
+    """A table in Markdown; the first ``texts`` columns are text, the others numbers."""
+    heads = list(heads)
+    lines = [heads, ["---"] * texts + ["---:"] * (len(heads) - texts), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_PLOTS = {"K": "study-k.png", "N": "study-n.png"}
+
+
+def _draw(out: Path, found: _ByArm, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> list[Path]:
+    """Accuracy against K and N with the seeds' spread; nothing where nothing was run."""
+    files = [out / file for file in _PLOTS.values()]
+    if not any(found.values()):
+        for file in files:
+            file.unlink(missing_ok=True)
+        return []
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for (axis, sizes), file in zip(
+        {"K": recipe.picks, "N": recipe.offered}.items(), files, strict=True
+    ):
+        figure, axes = pyplot.subplots(figsize=(9, 6))
+        for number, (name, group) in enumerate(found.items()):
+            points = [(size, _values(group, _at(f"{axis}={size}"))) for size in sizes]
+            points = [(size, values) for size, values in points if values]
+            if points:
+                axes.errorbar(
+                    [size for size, _ in points],
+                    [statistics.fmean(values) for _, values in points],
+                    yerr=[statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points],
+                    label=arms[name].title,
+                    linewidth=2.5 if number == 0 else 1.0,
+                    linestyle="-" if arms[name].guided else "--",
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                    color=f"C{number}" if number < 10 else pyplot.cm.Dark2(number - 10),
+                )
+        axes.set(xscale="log", xlabel=axis, ylabel="percent right", ylim=(0, None))
+        axes.set_xticks(list(sizes), [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.legend(fontsize="small", ncols=2)
+        figure.tight_layout()
+        figure.savefig(file, dpi=100, metadata={"Software": None})
+        pyplot.close(figure)
+    return files
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
