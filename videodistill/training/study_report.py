@@ -12,6 +12,8 @@ from videodistill.data.files import clear_errors, read_json, write_whole
 from videodistill.data.procedural.questions import FAMILIES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from videodistill.training.study import Arm, StudyRecipe
 
 _NOT_RUN = "not yet run"
@@ -101,7 +103,7 @@ def study_page(
         if title == "Shortcuts":
             parts.append(_blind_line(blindly))
     if records:
-        parts += [f"![accuracy against {axis}]({file})" for axis, file in _PLOTS.items()]
+        parts += [f"![{title}]({file})" for file, title in _PLOTS.items()]
         parts += ["## Cost", _cost(records)]
     return "\n\n".join(parts) + "\n"
 
@@ -261,7 +263,7 @@ def _cell(values: Sequence[float]) -> str:
     if not values:
         return _NOT_RUN
     mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {_spread(values):.1f}"
 
 
 def _blind_line(blindly: _Record) -> str:
@@ -295,12 +297,16 @@ def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-_PLOTS = {"K": "study-k.png", "N": "study-n.png"}
+_PLOTS = {
+    "study-k.png": "accuracy against K",
+    "study-n.png": "accuracy against N",
+    "study-shortcut.png": "accuracy in distribution and with the prior reversed",
+}
 
 
 def _draw(out: Path, found: _ByArm, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> list[Path]:
-    """Accuracy against K and N with the seeds' spread; nothing where nothing was run."""
-    files = [out / file for file in _PLOTS.values()]
+    """The plots, with the seeds' spread; none where nothing was run."""
+    files = [out / file for file in _PLOTS]
     if not any(found.values()):
         for file in files:
             file.unlink(missing_ok=True)
@@ -310,34 +316,67 @@ def _draw(out: Path, found: _ByArm, recipe: StudyRecipe, arms: Mapping[str, Arm]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for (axis, sizes), file in zip(
-        {"K": recipe.picks, "N": recipe.offered}.items(), files, strict=True
-    ):
+    draw = (
+        lambda axes: _draw_curves(axes, "K", recipe.picks, found, arms),
+        lambda axes: _draw_curves(axes, "N", recipe.offered, found, arms),
+        lambda axes: _draw_gap(axes, found, arms),
+    )
+    for file, draw_one in zip(files, draw, strict=True):
         figure, axes = pyplot.subplots(figsize=(9, 6))
-        for number, (name, group) in enumerate(found.items()):
-            points = [(size, _values(group, _at(f"{axis}={size}"))) for size in sizes]
-            points = [(size, values) for size, values in points if values]
-            if points:
-                axes.errorbar(
-                    [size for size, _ in points],
-                    [statistics.fmean(values) for _, values in points],
-                    yerr=[statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points],
-                    label=arms[name].title,
-                    linewidth=2.5 if number == 0 else 1.0,
-                    linestyle="-" if arms[name].guided else "--",
-                    marker="o",
-                    markersize=3,
-                    capsize=2,
-                    color=f"C{number}" if number < 10 else pyplot.cm.Dark2(number - 10),
-                )
-        axes.set(xscale="log", xlabel=axis, ylabel="percent right", ylim=(0, None))
-        axes.set_xticks(list(sizes), [str(size) for size in sizes])
-        axes.minorticks_off()
+        draw_one(axes)
         axes.legend(fontsize="small", ncols=2)
         figure.tight_layout()
         figure.savefig(file, dpi=100, metadata={"Software": None})
         pyplot.close(figure)
     return files
+
+
+def _draw_curves(
+    axes: Axes, axis: str, sizes: Sequence[int], found: _ByArm, arms: Mapping[str, Arm]
+) -> None:
+    for number, (name, group) in enumerate(found.items()):
+        points = [(size, _values(group, _at(f"{axis}={size}"))) for size in sizes]
+        points = [(size, values) for size, values in points if values]
+        if points:
+            axes.errorbar(
+                [size for size, _ in points],
+                [statistics.fmean(values) for _, values in points],
+                yerr=[_spread(values) for _, values in points],
+                label=arms[name].title,
+                linewidth=2.5 if number == 0 else 1.0,
+                linestyle="-" if arms[name].guided else "--",
+                marker="o",
+                markersize=3,
+                capsize=2,
+                color=f"C{number}" if number < 10 else ("black", "navy", "olive")[number % 3],
+            )
+    axes.set(xscale="log", xlabel=axis, ylabel="percent right", ylim=(0, None))
+    axes.set_xticks(list(sizes), [str(size) for size in sizes])
+    axes.minorticks_off()
+
+
+def _draw_gap(axes: Axes, found: _ByArm, arms: Mapping[str, Arm]) -> None:
+    run = [name for name, group in found.items() if group]
+    for place, (shown, label) in enumerate(
+        {"test": "in distribution", "test-reversed": "prior reversed"}.items()
+    ):
+        values = [_values(found[name], _of(shown)) for name in run]
+        axes.barh(
+            [row + 0.4 * place for row in range(len(run))],
+            [statistics.fmean(of) for of in values],
+            xerr=[_spread(of) for of in values],
+            height=0.4,
+            label=label,
+            capsize=2,
+        )
+    axes.set_yticks([row + 0.2 for row in range(len(run))], [arms[name].title for name in run])
+    axes.set(xlabel="percent right", xlim=(0, None))
+    axes.invert_yaxis()
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Standard deviation; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _as_json(value: Any) -> Any:

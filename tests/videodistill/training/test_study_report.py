@@ -96,7 +96,7 @@ def test_cells_are_means_and_spreads(tmp_path):
     assert "Results of 2 of 12 arms" in page and "commit 0123456789, 2000-01-02" in page
     # Tuned once: 2 arms of 10 minutes; 3 trainings of 20; 3 tests of 1.
     assert "tuning 20, training 60, testing 3; 1.4 core-hours" in page
-    for name in ("study-k.png", "study-n.png"):
+    for name in ("study-k.png", "study-n.png", "study-shortcut.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert f"({name})" in page
 
