@@ -66,7 +66,15 @@ SIZES = [(1, 1, 8, 4), (1, 5, 8, 7), (3, 2, 11, 5), (2, 1, 3, 1), (1, 3, 9, 6), 
 
 @devices
 @pytest.mark.parametrize(
-    "settings", [{}, {"frame_choice": "uniform"}, {"gate": "channel"}], ids=str
+    "settings",
+    [
+        {},
+        {"frame_choice": "uniform"},
+        {"frame_choice": "mean"},
+        {"gate": "channel"},
+        {"mixing": "cross_attention"},
+    ],
+    ids=str,
 )
 def test_padding_changes_nothing(device: str, settings: dict[str, Any]) -> None:
     """Calls of several sizes in turn, so that a bucket holds what an earlier one left in it."""
