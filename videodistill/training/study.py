@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from videodistill.data.files import clear_errors, write_whole
@@ -239,31 +240,45 @@ def run_study(
         raise UserError("the study needs at least one arm and one seed")
     if workers < 1:
         raise UserError(f"workers {workers}: use at least 1")
-    with clear_errors(work):
-        for folder in (work, out / "study"):  # whether they can be written is to be known now
-            folder.mkdir(parents=True, exist_ok=True)
-        log("stage 1 of 6: videos")
-        _make_data(recipe, work, workers)
-        log("stage 2 of 6: features")
-        for name in recipe.videos:
-            _split(recipe, work, name, workers, log)
-        log(f"stage 3 of 6: tuning; progress of each run is in {work / 'runs'}/*.log")
-        tuning = [
-            _Run(recipe, arm, recipe.tuning_seed, rate, recipe.tuning_share)
-            for arm in arms
-            for rate in recipe.rates
-        ]
-        _train_all(tuning, work, workers, log)
-        log("stage 4 of 6: training")
-        trained = [
-            _Run(recipe, arm, seed, _best_rate(recipe, arm, work)) for arm in arms for seed in seeds
-        ]
-        _train_all(trained, work, workers, log)
-        log("stage 5 of 6: testing")
-        _test_all(trained, work, out, workers, log)
-        log("stage 6 of 6: answering without the video, report")
-        _answer_blindly(recipe, work, out)
+    try:
+        with clear_errors(work):
+            _run_stages(recipe, work, out, arms, seeds, workers, log)
+    except SafetensorError as error:  # safetensors tells of a full disk this way
+        raise UserError(
+            f"{work}: {error}; free some space and run the same command again, it goes on where "
+            "it stopped"
+        ) from error
     return write_report(out, recipe=recipe, arms=ARMS)
+
+
+def _run_stages(
+    recipe: StudyRecipe,
+    work: Path,
+    out: Path,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    workers: int,
+    log: Callable[[str], None],
+) -> None:
+    for folder in (work, out / "study"):  # whether they can be written is to be known now
+        folder.mkdir(parents=True, exist_ok=True)
+    log("stage 1 of 6: videos")
+    _make_data(recipe, work, workers)
+    log("stage 2 of 6: features")
+    for name in recipe.videos:
+        _split(recipe, work, name, workers, log)
+    log(f"stage 3 of 6: tuning; progress of each run is in {work / 'runs'}/*.log")
+    tuning = [run for arm in arms for run in _tuning_runs(recipe, arm)]
+    _train_all(tuning, work, workers, log)
+    log("stage 4 of 6: training")
+    trained = [
+        _Run(recipe, arm, seed, _best_rate(recipe, arm, work)) for arm in arms for seed in seeds
+    ]
+    _train_all(trained, work, workers, log)
+    log("stage 5 of 6: testing")
+    _test_all(trained, work, out, workers, log)
+    log("stage 6 of 6: answering without the video, report")
+    _answer_blindly(recipe, work, out)
 
 
 @dataclass(frozen=True)
@@ -406,6 +421,12 @@ def _record(work: Path, run: _Run) -> dict[str, Any]:
     return record if record.get("settings") == run.settings else {}
 
 
+def _tuning_runs(recipe: StudyRecipe, arm: str) -> list[_Run]:
+    return [
+        _Run(recipe, arm, recipe.tuning_seed, rate, recipe.tuning_share) for rate in recipe.rates
+    ]
+
+
 def _best_rate(recipe: StudyRecipe, arm: str, work: Path) -> float:
     """The learning rate whose tuning run was best on "val"; the smallest of equally good ones."""
     tuned = _tuning(recipe, arm, work)
@@ -414,10 +435,9 @@ def _best_rate(recipe: StudyRecipe, arm: str, work: Path) -> float:
 
 def _tuning(recipe: StudyRecipe, arm: str, work: Path) -> dict[float, float]:
     """Percent of "val" right by learning rate."""
-    runs = [
-        _Run(recipe, arm, recipe.tuning_seed, rate, recipe.tuning_share) for rate in recipe.rates
-    ]
-    return {run.rate: _record(work, run)["val"]["all"]["accuracy"] for run in runs}
+    return {
+        run.rate: _record(work, run)["val"]["all"]["accuracy"] for run in _tuning_runs(recipe, arm)
+    }
 
 
 def _test_all(
@@ -451,10 +471,7 @@ def _test(job: tuple[_Run, Path, Path]) -> float:
     model = VideoDistill.from_pretrained(work / "runs" / run.name).eval()
     began = time.perf_counter()
     results = _measure(recipe, work, model)
-    tuning = [
-        _record(work, _Run(recipe, run.arm, recipe.tuning_seed, rate, recipe.tuning_share))
-        for rate in recipe.rates
-    ]
+    tuning = [_record(work, tuned) for tuned in _tuning_runs(recipe, run.arm)]
     _write(
         _result_file(out, run),
         {

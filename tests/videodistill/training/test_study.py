@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from videodistill import encoders
 from videodistill.data.procedural.questions import ANSWERS
@@ -185,3 +186,19 @@ def test_bad_requests(tmp_path, options, said):
     with pytest.raises(UserError, match=said):
         run_study(tmp_path / "work", tmp_path / "out", recipe=TINY, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "features"), "features: No space left on device"),
+        (SafetensorError("I/O error: No space left"), "No space left; free some space"),
+    ],
+)
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error, said):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(study, "_make_data", full)
+    with pytest.raises(UserError, match=said):
+        run_study(tmp_path, tmp_path, recipe=TINY, log=lambda line: None)
