@@ -526,7 +526,7 @@ def test_the_oldest_triton_compiles_every_kernel() -> None:
     )
     assert done.returncode == 0, done.stderr
     found = set(done.stdout.split())
-    assert found == set.union(*itertools.chain.from_iterable(KERNELS.values()))
+    assert found >= set.union(*itertools.chain.from_iterable(KERNELS.values()))
 
 
 def test_the_document_tells_of_nothing_else() -> None:

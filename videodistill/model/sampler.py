@@ -250,7 +250,7 @@ def _soft_draws(
     temperature: float,
     mask: Tensor | None,
     seed: int | Tensor | None,
-    row_offset: int,
+    row_offset: int = 0,
 ) -> TopKSample:
     """K Gumbel-softmax draws of mixtures of frames, independent of each other, in order of time.
 

@@ -1,4 +1,4 @@
-"""``videodistill train``; ``train-default``, the bundled model; ``study``, what it is compared with."""
+"""``videodistill train``, ``train-default`` (the bundled model), and ``study``."""
 
 from __future__ import annotations
 

@@ -120,6 +120,8 @@ def test_soft_draws_are_gumbel_softmax_with_replacement() -> None:
     assert torch.equal(sharp.indices, indices)
     assert sharp.weights.amax(-1).median() > 0.999 > weights.amax(-1).median()
     assert not torch.equal(_soft_draws(logits, 3, 0.5, None, 8).indices, indices)
+    part = _soft_draws(logits[1:], 3, 0.5, None, 7, row_offset=1)
+    assert torch.equal(part.weights, weights[1:])
 
 
 def test_soft_draws_send_gradients_and_leave_padding_out() -> None:
