@@ -36,6 +36,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Have the system write out a file or folder, so that no rename is on disk before it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def clear_errors(out: Path) -> Iterator[None]:
     """Turn what the file system refuses, or a killed worker, into one line.

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from videodistill.data.files import clear_errors, write_whole
+from videodistill.data.files import clear_errors, sync, write_whole
 from videodistill.errors import UserError
 from videodistill.processes import map_in_processes
 from videodistill.video.container import local_file, printable
@@ -405,7 +405,7 @@ class _Writer:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         for written in (self._folder / shard, self._folder):
-            _sync(written)
+            sync(written)
 
     def _about(self, shard: str, videos: dict[str, Any]) -> dict[str, Any]:
         size = (self._folder / shard).stat().st_size
@@ -416,20 +416,12 @@ class _Writer:
         try:
             with self._path.open("ab") as file:
                 file.write(b"".join(map(_line, lines)))
-            _sync(self._path)
+            sync(self._path)
         except OSError:
             os.truncate(self._path, size)
             raise
         for line in lines:
             self.index.add(line)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from videodistill.data.files import read_json, to_json
+from videodistill.data.files import read_json, sync, to_json
 from videodistill.errors import UserError
 from videodistill.model import VideoDistill
 
@@ -55,10 +55,10 @@ def save_checkpoint(
         save_file(_optimiser_tensors(module, optimiser), partial / "optimiser.safetensors")
         (partial / "state.json").write_text(to_json({"step": step, **state}), encoding="utf-8")
         for file in partial.iterdir():
-            _sync(file)
+            sync(file)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -118,15 +118,6 @@ def _optimiser_tensors(
     }
 
 
-def _sync(path: Path) -> None:
-    """Have the system write it out: a rename must not be on disk before what it renames."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def export_model(model: VideoDistill, folder: Path, record: Mapping[str, Any]) -> None:
     """Write a model as `videodistill.load` opens it, with ``training.json`` beside it.
 
@@ -142,5 +133,5 @@ def export_model(model: VideoDistill, folder: Path, record: Mapping[str, Any]) -
         record_file = Path(temporary) / "training.json"
         record_file.write_text(to_json(dict(record)), encoding="utf-8")
         for name in ("config.json", "model.safetensors", "training.json"):
-            _sync(Path(temporary) / name)
+            sync(Path(temporary) / name)
             os.replace(Path(temporary) / name, folder / name)

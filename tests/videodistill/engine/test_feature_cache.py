@@ -404,7 +404,7 @@ for when in sys.argv[4:]:
 """
 # How many videos a kill in the third call must leave: that waits, after the first shard and the
 # folder, until the line of that shard is on the disk; the others are of the third video.
-KILLS = {"encode_video": 2, "save_file": 2, "_sync": 1}
+KILLS = {"encode_video": 2, "save_file": 2, "sync": 1}
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_the_newest_whole_one_counts_and_older_ones_go(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-100000000"]
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_sync"])
+@pytest.mark.parametrize("moment", ["save_file", "sync"])
 def test_a_failure_while_saving_leaves_the_last_one(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
