@@ -12,10 +12,10 @@ samplers learn comes through the choice of frames.
 
 The size is chosen for 8 hours of 2 cores. Timed with random features on one thread of a busy
 machine, 30 steps of each phase, a training takes 7 to 9 minutes in a guided arm, 9 with uniform
-frames, 4 with the mean of all and 15 to 19 in the other arms: 144 for one seed of all arms. Three
-seeds and the tuning, which is as long as one, make 575 minutes of one core; testing 36 models at
-1.8 minutes makes 65; videos, features and their reading were some 75 at the speeds of the bundled
-model's making. That is 715 minutes, 6 hours of two cores.
+frames, 4 with the mean of all and 15 to 19 in the other arms: 153 for one seed of all arms. Three
+seeds and the tuning, which is as long as one, make 612 minutes of one core; testing 39 models at
+1.8 minutes makes 70; videos, features and their reading were some 75 at the speeds of the bundled
+model's making. That is 757 minutes, 6 hours and a quarter of two cores.
 """
 
 from __future__ import annotations
@@ -103,6 +103,12 @@ ARMS = {
         "uniform frames",
         "frames at even distances in place of the sampler",
         {"frame_choice": "uniform"},
+        guided=False,
+    ),
+    "cross-attention-uniform": Arm(
+        "cross-attention, uniform frames",
+        "neither the gates nor the sampler: what language-awareness is to be better than",
+        {"mixing": "cross_attention", "frame_choice": "uniform"},
         guided=False,
     ),
     "mean": Arm(

@@ -93,7 +93,7 @@ def test_cells_are_means_and_spreads(tmp_path):
     assert about == ARMS["videodistill"].about and size == "1,234,567"
     assert rate == "0.002 (0.001 41.0, 0.002 42.5)" and val == "55.0 ± 0.0"
     assert minutes == "20.0 ± 0.0" and seeds == "1, 2"
-    assert "Results of 2 of 12 arms" in page and "commit 0123456789, 2000-01-02" in page
+    assert "Results of 2 of 13 arms" in page and "commit 0123456789, 2000-01-02" in page
     # Tuned once: 2 arms of 10 minutes; 3 trainings of 20; 3 tests of 1.
     assert "tuning 20, training 60, testing 3; 1.4 core-hours" in page
     for name in ("study-k.png", "study-n.png", "study-shortcut.png"):
