@@ -100,7 +100,7 @@ $(INSTALLED): $(VENV)/.torch $(BUILD_INPUTS)
 # Without it (another system or Python, no network) its tests are skipped.
 $(OLDEST_TRITON): $(VENV)/.created
 	@rm -rf $@.part
-	$(PIP) install -q --no-deps --target $@.part triton==3.6.0 && mv $@.part $@ || \
+	$(PIP) install -q --retries 1 --no-deps --target $@.part triton==3.6.0 && mv $@.part $@ || \
 	  echo "no Triton 3.6.0 for this machine: its tests will be skipped" >&2
 
 $(VENV)/.bench: $(INSTALLED)
