@@ -41,6 +41,7 @@ LEVELS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 KERNEL_FLAGS = (
     # The noise is specified without fused operations; where one may be fused, the code says so.

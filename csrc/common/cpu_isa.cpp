@@ -64,9 +64,9 @@ constexpr uint64_t kXcr0Avx512 = 0xe6;   // and opmask, upper halves of zmm0-15,
 constexpr uint64_t kXcr0Amx = 0x60000;   // tile configuration and tile data
 constexpr int kXfeatureTileData = 18;
 
-// Linux grants tile registers only to a process that asks (ARCH_REQ_XCOMP_PERM). Asking is not
-// undone and makes every signal frame larger, so here it is only read whether the kernel would
-// grant it; a kernel that uses tiles asks before its first use.
+// Linux grants tile registers only to a process that asks. Asking is not undone and makes every
+// signal frame larger, so here it is only read whether the kernel would grant it; `ask_for_tiles` is
+// called before their first use.
 bool kernel_grants_amx() {
 #if defined(__linux__)
   constexpr int kArchGetXcompSupp = 0x1021;
@@ -119,9 +119,18 @@ CpuFeatures detect_cpu_features() { return CpuFeatures{}; }
 
 #endif
 
+bool ask_for_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kArchReqXcompPerm = 0x1023;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool is_compiled(IsaLevel level) {
 #if defined(__x86_64__)
-  return level <= IsaLevel::kAvx512Bf16;
+  return level <= IsaLevel::kAmx;
 #else
   return level == IsaLevel::kScalar;
 #endif

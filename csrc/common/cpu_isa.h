@@ -34,6 +34,10 @@ struct CpuFeatures {
 
 CpuFeatures detect_cpu_features();
 
+// Asks the operating system for AMX's tile registers, for the whole process. False when they are
+// refused: there are none, or a thread's stack for signals is too small for them.
+bool ask_for_tiles();
+
 // Whether setup.py compiles kernels for a level.
 bool is_compiled(IsaLevel level);
 

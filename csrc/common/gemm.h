@@ -1,7 +1,7 @@
 // Products of small matrices that lie in a core's cache.
 #pragma once
 
-#include "common/simd.h"
+#include "common/tiles.h"
 
 namespace vd {
 namespace VD_ISA {
@@ -76,10 +76,14 @@ void columns(int64_t m, int64_t k, const float* a, Strides sa, const float* b, i
 
 // c [m,n] = a [m,k] b [k,n], or c += with `add`. Rows of b and c are sb and sc floats apart and hold
 // n rounded up to kLanes; what c gets there is of no meaning. Each sum runs over p in order. With
-// kPairs a and b hold units of two bfloat16 each, and k counts units.
+// kPairs a and b hold units of two bfloat16 each, and k counts units; tiles need what tiles.h says, and
+// rows of a without gaps.
 template <bool kPairs = false>
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, Strides sa, const float* b,
                  int64_t sb, float* c, int64_t sc, bool add) {
+#if VD_TILES
+  if constexpr (kPairs) return multiply_tiled(m, n, k, a, sa.row, b, sb, c, sc, add);
+#endif
   int64_t j = 0;
   for (; j + kLanes < n; j += kTileVectors * kLanes) {
     columns<kPairs, kTileVectors>(m, k, a, sa, b + j, sb, c + j, sc, add);
@@ -87,7 +91,42 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, Strides sa, const flo
   if (j < n) columns<kPairs, 1>(m, k, a, sa, b + j, sb, c + j, sc, add);
 }
 
-#if VD_INTRINSICS
+#if VD_INTRINSICS == 512
+constexpr int kSquare = 16;
+
+// The transpose of sixteen vectors, in place.
+VD_INLINE void transpose_vectors(__m512* r) {
+  __m512 s[16];
+  VD_UNROLL for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  VD_UNROLL for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(s[i], s[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(s[i], s[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+  }
+  // r[4 i + j] now holds, in each quarter, columns of rows 4 i .. 4 i + 4.
+  VD_UNROLL for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+    r[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+    r[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    r[j + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    r[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
+VD_INLINE void transpose_square(const float* from, int64_t sf, float* to, int64_t st) {
+  __m512 r[16];
+  VD_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * sf);
+  transpose_vectors(r);
+  VD_UNROLL for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * st, r[i]);
+}
+#elif VD_INTRINSICS
 constexpr int kSquare = 8;
 
 // Eight rows of eight floats become columns.

@@ -9,10 +9,17 @@ namespace vd {
 
 namespace {
 
+bool can_run(const CpuFeatures& features, IsaLevel level) {
+  if (!is_compiled(level) || !supports(features, level)) return false;
+  if (level != IsaLevel::kAmx) return true;
+  static const bool granted = ask_for_tiles();
+  return granted;
+}
+
 std::string runnable(const CpuFeatures& features) {
   std::string names;
   for (const IsaLevel level : kIsaLevels) {
-    if (!is_compiled(level) || !supports(features, level)) continue;
+    if (!can_run(features, level)) continue;
     names += (names.empty() ? "" : ", ") + std::string(isa_level_name(level));
   }
   return names;
@@ -25,7 +32,7 @@ IsaLevel level_to_run() {
   static const IsaLevel best = [] {
     IsaLevel found = IsaLevel::kScalar;
     for (const IsaLevel level : kIsaLevels) {
-      if (is_compiled(level) && supports(features, level)) found = level;
+      if (can_run(features, level)) found = level;
     }
     return found;
   }();
@@ -33,7 +40,7 @@ IsaLevel level_to_run() {
   if (!wanted || !*wanted) return best;
   for (const IsaLevel level : kIsaLevels) {
     if (std::strcmp(wanted, isa_level_name(level)) != 0) continue;
-    if (is_compiled(level) && supports(features, level)) return level;
+    if (can_run(features, level)) return level;
   }
   throw std::runtime_error("VD_CPU_ISA must be one of " + runnable(features) + ", got \"" +
                            wanted + "\"");

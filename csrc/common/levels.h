@@ -8,9 +8,11 @@
   namespace scalar { extern const Kernels name; } \
   namespace avx2 { extern const Kernels name; } \
   namespace avx512 { extern const Kernels name; } \
-  namespace avx512_bf16 { extern const Kernels name; }
+  namespace avx512_bf16 { extern const Kernels name; } \
+  namespace amx { extern const Kernels name; }
 #define VD_PICK_KERNELS(name)                                              \
-  (vd::level_to_run() >= vd::IsaLevel::kAvx512Bf16 ? vd::avx512_bf16::name \
+  (vd::level_to_run() == vd::IsaLevel::kAmx        ? vd::amx::name         \
+   : vd::level_to_run() == vd::IsaLevel::kAvx512Bf16 ? vd::avx512_bf16::name \
    : vd::level_to_run() == vd::IsaLevel::kAvx512   ? vd::avx512::name      \
    : vd::level_to_run() == vd::IsaLevel::kAvx2     ? vd::avx2::name        \
                                                    : vd::scalar::name)

@@ -15,6 +15,10 @@ template <>
 inline constexpr bool kPaired<BFloat16> = true;
 #endif
 
+// Whether products of such units are formed by tiles.
+template <typename T>
+constexpr bool kTiled = VD_TILES && kPaired<T>;
+
 // Units of n elements.
 template <typename T>
 constexpr int64_t units_of(int64_t n) {
@@ -24,6 +28,16 @@ constexpr int64_t units_of(int64_t n) {
 // Elements that a row is rounded up to, so that its units fill whole vectors.
 template <typename T>
 constexpr int64_t row_step = kPaired<T> ? 2 * kLanes : kLanes;
+
+// What the rows of a stack, and of a product, are rounded up to where there has to be room for it.
+template <typename T>
+constexpr int64_t stack_step = kTiled<T> ? 2 * kTileSize : kLanes;
+
+// Units that a sum over n elements takes. Tiles take more than there are: those are zero.
+template <typename T>
+constexpr int64_t units_summed(int64_t n) {
+  return kTiled<T> ? round_up(units_of<T>(n), kTileSize) : units_of<T>(n);
+}
 
 // n elements as units, zeros up to `width`, a multiple of row_step.
 template <typename T>
@@ -56,7 +70,7 @@ struct Stack {
 };
 
 // The sum over rows [n, width] of units, `stride` apart, needs them as they are if a unit is one
-// element, and two rows woven into one if it is two: in `room`, units_of(n) * width.
+// element, and two rows woven into one if it is two: in `room`, units_summed(n) * width.
 template <typename T>
 VD_INLINE Stack stack_of(const float* rows, int64_t stride, int64_t n, int64_t width, float* room) {
   if constexpr (!kPaired<T>) return {rows, stride};
@@ -78,6 +92,9 @@ VD_INLINE Stack stack_of(const float* rows, int64_t stride, int64_t n, int64_t w
       store(to + d, i + 1 < n ? (F)(low | (U)load(odd + d)) : (F)low);
     }
   }
+  for (int64_t d = units_of<T>(n) * width; d < units_summed<T>(n) * width; d += kLanes) {
+    store(room + d, F{});
+  }
   return {room, width};
 }
 
@@ -88,11 +105,31 @@ struct Left {
 };
 
 // Of weights [n, stride], a column for each row of the product, what multiplies a stack of n rows.
-// `room` holds units_of(n) * stride.
+// `room` holds units_summed(n) * stride.
 template <typename T>
 VD_INLINE Left over_rows(const float* weights, int64_t n, int64_t stride, int64_t columns,
                          float* room) {
   if constexpr (!kPaired<T>) return {weights, {1, stride}};
+#if VD_TILES
+  const int64_t summed = units_summed<T>(n);
+  for (int64_t i = 0; i < columns; i += kTileSize) {
+    for (int64_t unit = 0; unit < summed; unit += kTileSize) {
+      __m512 units[kTileSize];
+      VD_UNROLL for (int r = 0; r < kTileSize; ++r) {
+        const int64_t j = 2 * (unit + r);
+        const F low = j < n ? load(weights + j * stride + i) : F{};
+        const F high = j + 1 < n ? load(weights + (j + 1) * stride + i) : F{};
+        units[r] = _mm512_castsi512_ps(
+            _mm512_permutexvar_epi16(woven(0, 16), (__m512i)narrowed_both(low, high)));
+      }
+      transpose_vectors(units);
+      VD_UNROLL for (int r = 0; r < kTileSize; ++r) {
+        _mm512_storeu_ps(room + (i + r) * summed + unit, units[r]);
+      }
+    }
+  }
+  return {room, {summed, 1}};
+#endif
   for (int64_t j = 0; j < n; j += 2) {
     const float* from = weights + j * stride;
     float* const to = room + j / 2 * stride;
@@ -110,17 +147,19 @@ VD_INLINE Left over_rows(const float* weights, int64_t n, int64_t stride, int64_
 }
 
 // Of weights [n, stride], a row for each row of the product, what multiplies a stack of `columns`
-// rows. `room` holds n * stride / 2.
+// rows. `room` holds n * units_summed(stride), with n rounded up to whole tiles if there are any.
 template <typename T>
 VD_INLINE Left over_columns(const float* weights, int64_t n, int64_t stride, int64_t columns,
                             float* room) {
   if constexpr (!kPaired<T>) return {weights, {stride, 1}};
+  const int64_t step = units_summed<T>(stride);
   for (int64_t j = 0; j < n; ++j) {
-    auto* const to = reinterpret_cast<BFloat16*>(room + j * (stride / 2));
+    auto* const to = reinterpret_cast<BFloat16*>(room + j * step);
     for (int64_t i = 0; i < columns; i += kLanes) store(to + i, load(weights + j * stride + i));
-    if (columns % 2 != 0) to[columns] = BFloat16{0};  // its partner in the stack is no row
+    // Their partners in the stack are no rows.
+    for (int64_t i = columns; i < 2 * units_summed<T>(columns); ++i) to[i] = BFloat16{0};
   }
-  return {room, {stride / 2, 1}};
+  return {room, {step, 1}};
 }
 
 }  // namespace VD_ISA

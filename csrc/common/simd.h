@@ -35,6 +35,13 @@
 #define VD_PAIRS 1
 #endif
 
+// Whether those products are formed by tiles; see tiles.h.
+#if VD_PAIRS && defined(__AMX_BF16__)
+#define VD_TILES 1
+#else
+#define VD_TILES 0
+#endif
+
 #define VD_INLINE inline __attribute__((always_inline))
 #define VD_UNROLL _Pragma("GCC unroll 16")
 

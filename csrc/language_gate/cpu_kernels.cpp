@@ -38,6 +38,10 @@ int64_t row_step_of(Dtype dtype, bool mean) {
   return step;
 }
 
+// Tokens whose scores are formed in one go.
+template <typename T>
+constexpr int64_t kStep = kTiled<T> ? kTileSize : kTileRows;
+
 // Some tokens of one head as rows of units (pairs.h): where they lie if they can be read as they are,
 // else a copy.
 struct Rows {
@@ -51,8 +55,11 @@ template <typename T>
 VD_INLINE Rows rows_of(const T* from, int64_t stride, int64_t rows, int64_t width, bool vectors,
                        float* room) {
   constexpr int64_t each = kPaired<T> ? 2 : 1;  // elements of a unit
+  vectors = vectors || kTiled<T>;
   if constexpr (sizeof(T) * each == sizeof(float)) {
-    if (stride % each == 0 && width % (vectors ? row_step<T> : each) == 0) {
+    if (kTiled<T> && rows % kTileSize != 0) {
+      // Tiles would read what lies behind the last token.
+    } else if (stride % each == 0 && width % (vectors ? row_step<T> : each) == 0) {
       return {reinterpret_cast<const float*>(from), stride / each};
     }
   }
@@ -142,7 +149,7 @@ class Ahead {
   // does nothing but this for one without effect.
   VD_INLINE void fetch_part(const Tokens& x, int64_t width, int64_t done, int64_t i) const {
     if (rows_ <= 0 || !x.data) return;
-    const int64_t part = done * kParts + i / kTileRows;
+    const int64_t part = done * kParts + i / kStep<T>;
     for (int64_t l = part * rows_ / parts_; l < (part + 1) * rows_ / parts_; ++l) {
       const T* const row = at<T>(x, b_, first_ + l, h_);
       if (x.head == width) {
@@ -154,7 +161,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int64_t kParts = kBlock / kTileRows;
+  static constexpr int64_t kParts = kBlock / kStep<T>;
   const Arguments& g_;
   int64_t b_, first_, rows_, h_, heads_, parts_;
 };
@@ -167,8 +174,8 @@ void gate_of(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, cons
   const int64_t n = g.count[b], head = b * g.heads + h, channels = room.channels;
   if (n > 0) {
     const int64_t padded = round_up(n, kLanes);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      const int64_t some = rows - i < kTileRows ? rows - i : kTileRows;
+    for (int64_t i = 0; i < rows; i += kStep<T>) {
+      const int64_t some = rows - i < kStep<T> ? rows - i : kStep<T>;
       ahead.fetch_part(g.query, g.width, done, i);
       gemm<kPaired<T>>(some, n, units_of<T>(g.width), query.data + i * query.stride,
                        {query.stride, 1}, g.key_columns + head * room.width * g.padded, g.padded,
@@ -229,7 +236,7 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
                                  room.query);
       gate_of(g, room, b, h, query, rows, false, ahead, h);
       for (int64_t i = 0; i < rows; ++i) {
-        if (i % kTileRows == 0) ahead.fetch_part(g.value, g.channels, h, i);
+        if (i % kStep<T> == 0) ahead.fetch_part(g.value, g.channels, h, i);
         const int64_t row = (b * g.length + first + i) * g.heads + h;
         const float* own = room.gate + i * (g.per_channel ? room.channels : 1);
         if (g.out) {
@@ -258,7 +265,7 @@ struct GradientRoom : Room<T> {
         grad_query(take(kBlock * this->width)),
         grad_gate(take(kBlock * this->channels)),
         grad_units(take(kPaired<T> ? kBlock * units_of<T>(this->channels) : 0)),
-        stack(take(kPaired<T> ? units_of<T>(kBlock) * larger(this->width, this->channels) : 0)) {}
+        stack(take(kPaired<T> ? units_summed<T>(kBlock) * larger(this->width, this->channels) : 0)) {}
 
   float* take(int64_t floats) { return this->carve.take(floats); }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -333,7 +340,7 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
   for (int64_t i = 0; i < rows; ++i) {
     const float* own = room.gate + i * gates;
     float* grad = room.grad_gate + i * gates;
-    if (i % kTileRows == 0) {
+    if (i % kStep<T> == 0) {
       ahead.fetch_part(g.value, g.channels, done, i);
       ahead.fetch_part(g.grad_out, g.channels, done, i);
     }
@@ -472,11 +479,13 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
+  const Tiles tiles(g.dtype);
   by_form(g.dtype, g.reduction == Reduction::kMean,
           [&](auto t) { forward_blocks<decltype(t)>(g, begin, end, scratch); });
 }
 
 void backward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
+  const Tiles tiles(g.dtype);
   by_form(g.dtype, g.reduction == Reduction::kMean,
           [&](auto t) { backward_tasks<decltype(t)>(g, begin, end, scratch); });
 }

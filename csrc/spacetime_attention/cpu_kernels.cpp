@@ -103,7 +103,7 @@ struct Room {
 
   Room(const Arguments& a, float* scratch)
       : width(round_up(a.width, row_step<T>)),
-        keys(round_up(a.prefixes + a.length, kLanes)),
+        keys(round_up(a.prefixes + a.length, stack_step<T>)),
         block(block_of(keys)),
         units(units_of<T>(width)),
         carve(scratch),
@@ -315,6 +315,7 @@ Rows through_gate(const Sequence& s, const GradientRoom<T>& room, const Queries&
       multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
     }
     if constexpr (kPaired<T>) {
+      for (int64_t d = round_up(a.width, kLanes); d < width; d += kLanes) store(grad + d, F{});
       store_row(grad, width, 1.0f, reinterpret_cast<T*>(room.grad_units + i * room.units));
     }
   }
@@ -402,6 +403,7 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
+  const Tiles tiles(a.dtype);
   by_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     if (are_few(a)) return forward_few<T>(a, begin, end, scratch);
@@ -410,6 +412,7 @@ void forward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
 }
 
 void backward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
+  const Tiles tiles(a.dtype);
   by_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     if (are_few(a) && a.grad_out.data) return backward_few<T>(a, begin, end, scratch);

@@ -22,10 +22,10 @@ def test_reference(check: Check) -> None:
     check()
 
 
-# The last level differs from the one before in bfloat16 alone.
+# The last levels differ from the one before in bfloat16 alone.
 HALF = [check for check in suite("cpp") if "bfloat16" in str(check)]
 ON_LEVELS = [(c, level) for level in ("scalar", "avx2", "avx512") for c in suite("cpp")]
-ON_LEVELS += [(check, "avx512_bf16") for check in HALF]
+ON_LEVELS += [(check, level) for level in ("avx512_bf16", "amx") for check in HALF]
 
 
 @pytest.mark.parametrize(("check", "level"), ON_LEVELS, ids=str)
