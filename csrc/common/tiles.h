@@ -119,6 +119,39 @@ VD_INLINE void multiply_few(int64_t k, const float* a, int64_t sa, const float* 
   if constexpr (kTwoDown && kTwoAcross) VD_STORE_TILE(3, c + next * sc + next, sc);
 }
 
+// One tile of rows by four of columns.
+VD_INLINE void multiply_wide(int64_t k, const float* a, int64_t sa, const float* b, int64_t sb,
+                             float* c, int64_t sc, bool add) {
+  constexpr int next = kTileSize;
+  if (add) {
+    VD_LOAD_TILE(0, c, sc);
+    VD_LOAD_TILE(1, c + next, sc);
+    VD_LOAD_TILE(2, c + 2 * next, sc);
+    VD_LOAD_TILE(3, c + 3 * next, sc);
+  } else {
+    VD_ZERO_TILE(0);
+    VD_ZERO_TILE(1);
+    VD_ZERO_TILE(2);
+    VD_ZERO_TILE(3);
+  }
+  for (int64_t p = 0; p < k; p += kTileSize) {
+    const float* row = b + p * sb;
+    VD_LOAD_TILE(4, a + p, sa);
+    VD_LOAD_TILE(5, row, sb);
+    VD_LOAD_TILE(6, row + next, sb);
+    VD_LOAD_TILE(7, row + 2 * next, sb);
+    VD_MULTIPLY_TILES(0, 4, 5);
+    VD_MULTIPLY_TILES(1, 4, 6);
+    VD_MULTIPLY_TILES(2, 4, 7);
+    VD_LOAD_TILE(5, row + 3 * next, sb);
+    VD_MULTIPLY_TILES(3, 4, 5);
+  }
+  VD_STORE_TILE(0, c, sc);
+  VD_STORE_TILE(1, c + next, sc);
+  VD_STORE_TILE(2, c + 2 * next, sc);
+  VD_STORE_TILE(3, c + 3 * next, sc);
+}
+
 // c [m,n] = a [m,k] b [k,n] of units, or c += with `add`. All of m, n, k are rounded up to kTileSize:
 // a and b hold zeros up to that in k; in m and n there is room, and what c gets there is of no
 // meaning.
@@ -127,7 +160,11 @@ inline void multiply_tiled(int64_t m, int64_t n, int64_t k, const float* a, int6
   asm volatile("" ::: "memory");  // what tiles are loaded from has been written
   for (int64_t i = 0; i < m; i += 2 * kTileSize) {
     const bool down = i + kTileSize < m;
-    for (int64_t j = 0; j < n; j += 2 * kTileSize) {
+    int64_t j = 0;
+    for (; !down && j + 3 * kTileSize < n; j += 4 * kTileSize) {
+      multiply_wide(k, a + i * sa, sa, b + j, sb, c + i * sc + j, sc, add);
+    }
+    for (; j < n; j += 2 * kTileSize) {
       const bool across = j + kTileSize < n;
       float* const to = c + i * sc + j;
       if (down && across) {

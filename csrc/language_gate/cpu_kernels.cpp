@@ -257,7 +257,7 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
 // Backward's own part of the scratch memory.
 template <typename T>
 struct GradientRoom : Room<T> {
-  float *grad_shares, *grad_query, *grad_gate, *grad_units, *stack;
+  float *grad_shares, *grad_query, *grad_gate, *grad_units, *stack, *query_stack, *columns;
 
   GradientRoom(const Arguments& g, float* scratch)
       : Room<T>(g, scratch),
@@ -265,10 +265,11 @@ struct GradientRoom : Room<T> {
         grad_query(take(kBlock * this->width)),
         grad_gate(take(kBlock * this->channels)),
         grad_units(take(kPaired<T> ? kBlock * units_of<T>(this->channels) : 0)),
-        stack(take(kPaired<T> ? units_summed<T>(kBlock) * larger(this->width, this->channels) : 0)) {}
+        stack(take(kPaired<T> ? units_summed<T>(kBlock) * this->channels : 0)),
+        query_stack(take(kPaired<T> ? units_summed<T>(kBlock) * this->width : 0)),
+        columns(take(kPaired<T> ? g.padded * units_summed<T>(kBlock) : 0)) {}
 
   float* take(int64_t floats) { return this->carve.take(floats); }
-  static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
 int64_t backward_scratch(const Arguments& g) {
@@ -335,6 +336,11 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
   const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, true,
                              room.query);
   gate_of(g, room, b, h, query, rows, true, ahead, done);
+  // Long before it is multiplied: tiles wait for what was written just before.
+  Stack query_stack{};
+  if (sums.key) {
+    query_stack = stack_of<T>(query.data, query.stride, rows, width, room.query_stack);
+  }
 
   // dL/d logit, and dL/d value
   for (int64_t i = 0; i < rows; ++i) {
@@ -433,15 +439,15 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
                       load(room.grad_gate + i), n, room.shares + i);
     }
   }
-  if (sums.key && n > 0) {
-    const Left grad = over_columns<T>(room.shares, n, kBlock, rows, room.left);
-    const Stack q = stack_of<T>(query.data, query.stride, rows, width, room.stack);
-    gemm<pairs>(n, g.width, units_of<T>(rows), grad.data, grad.strides, q.data, q.stride, sums.key,
-                width, true);
+  // With no real token n is 0, and so are the products.
+  Left of_keys{};
+  if (sums.key) of_keys = over_columns<T>(room.shares, n, kBlock, rows, room.columns);
+  const Left grad = over_rows<T>(room.shares, n, kBlock, rows, room.left);
+  if (sums.key) {
+    gemm<pairs>(n, g.width, units_of<T>(rows), of_keys.data, of_keys.strides, query_stack.data,
+                query_stack.stride, sums.key, width, true);
   }
   if (!to_query) return;
-  // With no real token n is 0 and the product is 0.
-  const Left grad = over_rows<T>(room.shares, n, kBlock, rows, room.left);
   gemm<pairs>(rows, g.width, units_of<T>(n), grad.data, grad.strides, g.key + head * g.padded * width,
               width, room.grad_query, width, false);
   const float factor = pairs ? g.scale : 1.0f;  // which keys lack if they are as they were given

@@ -20,7 +20,9 @@ namespace spacetime_attention {
 namespace {
 
 // Queries that are computed together, whole vectors of them: their scores stay in the nearest caches.
-int64_t block_of(int64_t keys) { return keys <= 512 ? 64 : 32; }
+int64_t block_of(const Arguments& a, int64_t keys) {
+  return smaller(keys <= 512 ? 64 : 32, round_up(a.prefixes + a.length, kLanes));
+}
 
 // A sequence's queries: its tokens, then the prefixes' own. Either may be left out.
 struct Queries {
@@ -56,31 +58,53 @@ VD_INLINE void gather(const Sequence& s, const Prefix& prefix, const Video& x,
   }
 }
 
-// Some rows of units: where they lie if they can be read as they are, else a copy. Either way there
-// is something to read up to a whole number of vectors of rows.
+// Some rows of units: where they lie if they can be read as they are, else a copy.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-// Of the queries from `first` on what `x` holds of tokens and `prefix` of prefixes.
+// Whether a sequence's tokens can be read where they lie. Frames lie far apart, often by a multiple of
+// what makes them share the same few cache lines: those of floats, which are read more than once, are
+// copied.
+template <typename T>
+VD_INLINE bool in_place(const Sequence& s, const Walk<T>& walk, int64_t width) {
+  constexpr int64_t each = sizeof(float) / sizeof(T);  // elements of a unit
+  if constexpr (each != 1 && !kPaired<T>) return false;
+  if (s.a.axis == Axis::kTime && !kPaired<T>) return false;
+  return walk.even() && walk.step() % each == 0 && s.a.width == width;
+}
+
+template <typename T>
+VD_INLINE Rows rows_at(const Walk<T>& walk, int64_t first) {
+  return {reinterpret_cast<const float*>(walk[first]),
+          walk.step() / static_cast<int64_t>(sizeof(float) / sizeof(T))};
+}
+
+// All keys, or values: as `gather` would copy them. `tiled`: as rows of tiles, which are read whole.
+template <typename T>
+VD_INLINE Rows rows_of_keys(const Sequence& s, const Prefix& prefix, const Video& x,
+                            const int32_t* before, int64_t keys, int64_t width, float factor,
+                            bool tiled, float* room) {
+  const Walk<T> walk(s, x);
+  if (kPaired<T> && in_place(s, walk, width) && keys == s.a.length && s.a.prefixes == 0 &&
+      (!tiled || (kTiled<T> && keys % kTileSize == 0))) {
+    return rows_at(walk, 0);
+  }
+  gather<T>(s, prefix, x, before, width, factor, room);
+  return {room, units_of<T>(width)};
+}
+
+// Of the queries from `first` on what `x` holds of tokens and `prefix` of prefixes. There is something
+// to read up to a whole number of vectors of rows.
 template <typename T>
 VD_INLINE Rows rows_of(const Sequence& s, const Video& x, const Prefix& prefix,
                        const Queries& queries, int64_t first, int64_t rows, int64_t width,
                        float* room) {
-  constexpr int64_t each = sizeof(float) / sizeof(T);  // elements of a unit
   const int64_t tokens = smaller(rows, queries.tokens - first);
-  if constexpr (each == 1 || kPaired<T>) {
-    // Frames lie far apart, often by a multiple of what makes them share the same few cache lines.
-    const bool even = s.a.axis == Axis::kSpace ||
-                      (s.a.axis == Axis::kJoint && x.frame == s.a.patches * x.patch);
-    if (even && x.patch % each == 0 && s.a.width == width && tokens == rows &&
-        rows % kLanes == 0) {
-      return {reinterpret_cast<const float*>(s.at<T>(x, first)), x.patch / each};
-    }
-  }
-  const int64_t step = units_of<T>(width);
   const Walk<T> walk(s, x);
+  if (in_place(s, walk, width) && tokens == rows && rows % kLanes == 0) return rows_at(walk, first);
+  const int64_t step = units_of<T>(width);
   for (int64_t i = 0; i < tokens; ++i) {
     load_units(walk[first + i], s.a.width, width, room + i * step);
   }
@@ -104,7 +128,7 @@ struct Room {
   Room(const Arguments& a, float* scratch)
       : width(round_up(a.width, row_step<T>)),
         keys(round_up(a.prefixes + a.length, stack_step<T>)),
-        block(block_of(keys)),
+        block(block_of(a, keys)),
         units(units_of<T>(width)),
         carve(scratch),
         key(carve.take(keys * units)),
@@ -129,77 +153,121 @@ int64_t forward_scratch(const Arguments& a) {
   return floats;
 }
 
-// Weights of some queries over all keys, not yet normalised: room.weights [keys, block], a query to a
-// column. room.shares makes each sum to 1.
+// Puts the rows of some queries into columns, room.query_columns.
 template <typename T>
-void attend(const Sequence& s, const Room<T>& room, const Rows& query, const Queries& queries,
-            int64_t first, int64_t rows, int64_t keys) {
+VD_INLINE void turn_queries(const Arguments& a, const Room<T>& room, const Rows& query, int64_t rows) {
+  transpose(rows, units_of<T>(a.width), query.data, query.stride, room.query_columns, room.block);
+}
+
+// Scores of queries that were turned, by all keys: room.weights [keys, block], a query to a column.
+// In pairs they lack the factor a.scale, as keys are as they were given.
+template <typename T>
+VD_INLINE void score(const Arguments& a, const Room<T>& room, const Rows& key, int64_t rows,
+                     int64_t keys) {
+  gemm<kPaired<T>>(keys, rows, units_of<T>(a.width), key.data, {key.stride, 1}, room.query_columns,
+                   room.block, room.weights, room.block, false);
+}
+
+// Scores become weights, not yet normalised. room.shares makes each query's sum to 1.
+template <typename T>
+void weigh(const Sequence& s, const Room<T>& room, const Queries& queries, int64_t first,
+           int64_t rows, int64_t keys) {
   const int64_t block = room.block;
-  transpose(rows, units_of<T>(s.a.width), query.data, query.stride, room.query_columns, block);
-  gemm<kPaired<T>>(keys, rows, units_of<T>(s.a.width), room.key, {room.units, 1},
-                   room.query_columns, block, room.weights, block, false);
-  for (int64_t i = 0; kPaired<T> && i < rows; i += kLanes) {  // keys are as they were given
-    float* scores = room.weights + i;
-    for (int64_t j = 0; j < keys; ++j) store(scores + j * block, load(scores + j * block) * s.a.scale);
-  }
-  for (int64_t i = first; limited(s.a) && i < smaller(first + rows, queries.tokens); ++i) {
-    hide(s, room.before, i, keys, room.weights + i - first, block);
+  float scale = kPaired<T> ? s.a.scale : 1.0f;
+  if (limited(s.a)) {
+    for (int64_t i = 0; kPaired<T> && i < rows; i += kLanes) {
+      float* scores = room.weights + i;
+      for (int64_t j = 0; j < keys; ++j) store(scores + j * block, load(scores + j * block) * scale);
+    }
+    scale = 1.0f;
+    for (int64_t i = first; i < smaller(first + rows, queries.tokens); ++i) {
+      hide(s, room.before, i, keys, room.weights + i - first, block);
+    }
   }
   for (int64_t i = 0; i < rows; i += kLanes) {
-    const F sum = exponentials<true, false>(room.weights + i, keys, block).sum;
+    const F sum = exponentials<true, false>(room.weights + i, keys, block, scale).sum;
     store(room.shares + i, sum > 0.0f ? 1.0f / sum : F{});
   }
 }
 
-// The sum of values by the weights of some queries, in room.result.
+// The sum of values by weights that were put in order for it, in room.result.
 template <typename T>
-VD_INLINE void sum_values(const Arguments& a, const Room<T>& room, const Stack& value, int64_t rows,
-                          int64_t keys) {
-  const Left p = over_rows<T>(room.weights, keys, room.block, rows, room.left);
-  gemm<kPaired<T>>(rows, a.width, units_of<T>(keys), p.data, p.strides, value.data, value.stride,
-                   room.result, room.width, false);
+VD_INLINE void sum_values(const Arguments& a, const Room<T>& room, const Left& weights,
+                          const Stack& value, int64_t rows, int64_t keys) {
+  gemm<kPaired<T>>(rows, a.width, units_of<T>(keys), weights.data, weights.strides, value.data,
+                   value.stride, room.result, room.width, false);
 }
 
+// Writes room.result, normalised and through the gate, to where the results of some queries belong.
+template <typename T>
+VD_INLINE void write_out(const Sequence& s, const Room<T>& room, const Queries& queries,
+                         int64_t first, int64_t rows) {
+  const Arguments& a = s.a;
+  T* const out = static_cast<T*>(a.out);
+  const bool around = a.stream && can_stream(out, a.width);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* result = room.result + i * room.width;
+    if (const int64_t prefix = first + i - queries.tokens; prefix >= 0) {
+      store_row(result, a.width, room.shares[i],
+                static_cast<T*>(a.prefix_out) + s.prefix_row(prefix) * a.width);
+      continue;
+    }
+    const GateRow gate = gate_of(s, first + i, room.gate);
+    if (gate.whole) multiply(result, 1.0f, room.gate, room.width, result);
+    write_row(result, a.width, room.shares[i] * gate.factor, out + s.row(first + i) * a.width, around);
+  }
+}
+
+// What the next product needs is put in order between this one's parts: so no product waits for what
+// was written just before it.
 template <typename T>
 void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
   const Room<T> room(a, scratch);
   const int64_t width = room.width, heads = heads_at_once(a);
   const Queries queries{a.length, a.prefix_out ? a.prefixes : 0};
   const int64_t blocks = (queries.count() + room.block - 1) / room.block;
-  T* const out = static_cast<T*>(a.out);
-  const bool around = a.stream && can_stream(out, a.width);
   for (int64_t task = begin; task < end; ++task) {
-    Sequence s(a, task, heads);
-    const int64_t end_head = smaller(s.h + heads, a.heads);
-    const Ahead<T> ahead(a, task, end, heads, (end_head - s.h) * blocks);
+    Sequence s(a, task, heads), next = s;
+    const int64_t first_head = s.h, items = (smaller(s.h + heads, a.heads) - s.h) * blocks;
+    const Ahead<T> ahead(a, task, end, heads, items);
     const int64_t keys = a.prefixes + count_real(s, room.before);
-    for (int64_t part = 0; s.h < end_head; ++s.h) {
-      gather<T>(s, a.prefix_key, a.key, room.before, width, a.scale, room.key);
-      gather<T>(s, a.prefix_value, a.value, room.before, width, 1.0f, room.value);
-      const Stack value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
-      for (int64_t first = 0; first < queries.count(); first += room.block, ++part) {
-        const int64_t rows = smaller(room.block, queries.count() - first);
-        ahead.fetch_part(a.query, part);
-        const Rows query =
-            rows_of<T>(s, a.query, a.prefix_query, queries, first, rows, width, room.query);
-        attend(s, room, query, queries, first, rows, keys);
-        ahead.fetch_part(a.key, part);
-        sum_values(a, room, value, rows, keys);
-        ahead.fetch_part(a.value, part);
-        ahead.fetch_part(a.gate, part);
-        for (int64_t i = 0; i < rows; ++i) {
-          float* result = room.result + i * width;
-          if (const int64_t prefix = first + i - queries.tokens; prefix >= 0) {
-            store_row(result, a.width, room.shares[i],
-                      static_cast<T*>(a.prefix_out) + s.prefix_row(prefix) * a.width);
-            continue;
-          }
-          const GateRow gate = gate_of(s, first + i, room.gate);
-          if (gate.whole) multiply(result, 1.0f, room.gate, width, result);
-          write_row(result, a.width, room.shares[i] * gate.factor, out + s.row(first + i) * a.width,
-                    around);
-        }
+    const auto first_of = [&](int64_t item) { return item % blocks * room.block; };
+    const auto rows_from = [&](int64_t first) { return smaller(room.block, queries.count() - first); };
+    Rows key{};
+    const auto prepare_scores = [&](int64_t item) {
+      const int64_t first = first_of(item), rows = rows_from(first);
+      next.h = first_head + item / blocks;
+      if (first == 0) {
+        key = rows_of_keys<T>(next, a.prefix_key, a.key, room.before, keys, width, a.scale, true,
+                              room.key);
       }
+      turn_queries(a, room, rows_of<T>(next, a.query, a.prefix_query, queries, first, rows, width,
+                                       room.query), rows);
+    };
+    Stack value{};
+    const auto prepare_values = [&](int64_t item) {
+      if (first_of(item) != 0) return;
+      const Rows rows = rows_of_keys<T>(next, a.prefix_value, a.value, room.before, keys, width,
+                                        1.0f, false, room.value);
+      value = stack_of<T>(rows.data, rows.stride, keys, width, room.value_stack);
+    };
+    if (items == 0) continue;
+    prepare_scores(0);
+    prepare_values(0);
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t first = first_of(item), rows = rows_from(first);
+      s.h = next.h;
+      score(a, room, key, rows, keys);
+      ahead.fetch_part(a.query, item);
+      weigh(s, room, queries, first, rows, keys);
+      ahead.fetch_part(a.key, item);
+      const Left weights = over_rows<T>(room.weights, keys, room.block, rows, room.left);
+      if (item + 1 < items) prepare_scores(item + 1);
+      ahead.fetch_part(a.value, item);
+      sum_values(a, room, weights, value, rows, keys);
+      if (item + 1 < items) prepare_values(item + 1);
+      ahead.fetch_part(a.gate, item);
+      write_out(s, room, queries, first, rows);
     }
   }
   finish_streams();
@@ -209,20 +277,23 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
 template <typename T>
 struct GradientRoom : Room<T> {
   float *grad_columns, *key_stack, *query_stack, *grad_stack;
-  float *grad_key, *grad_value, *grad_weights, *columns, *grad_out, *grad_units, *zeros;
+  float *grad_key, *grad_value, *grad_weights, *weight_columns, *columns, *grad_out, *grad_units;
+  float *factors, *zeros;
 
   GradientRoom(const Arguments& a, float* scratch)
       : Room<T>(a, scratch),
         grad_columns(take(this->block * this->units)),
         key_stack(take(this->paired(units_of<T>(this->keys) * this->width))),
-        query_stack(take(this->paired(units_of<T>(this->block) * this->width))),
-        grad_stack(take(this->paired(units_of<T>(this->block) * this->width))),
+        query_stack(take(this->paired(units_summed<T>(this->block) * this->width))),
+        grad_stack(take(this->paired(units_summed<T>(this->block) * this->width))),
         grad_key(take(this->keys * this->width)),
         grad_value(take(this->keys * this->width)),
         grad_weights(take(this->keys * this->block)),
-        columns(take(this->paired(this->keys * units_of<T>(this->block)))),
-        grad_out(take(this->block * this->width)),
-        grad_units(kPaired<T> ? take(this->block * this->units) : grad_out),
+        weight_columns(take(this->paired(this->keys * units_summed<T>(this->block)))),
+        columns(take(this->paired(this->keys * units_summed<T>(this->block)))),
+        grad_out(take(this->width)),
+        grad_units(take(this->block * this->units)),
+        factors(take(this->block)),
         zeros(take(this->width)) {}
 
   float* take(int64_t floats) { return this->carve.take(floats); }
@@ -235,110 +306,138 @@ int64_t backward_scratch(const Arguments& a) {
   return floats;
 }
 
-// From p (not yet normalised) and the gradient of the sum of values by it: gives dL/dq in room.result,
-// and dL/dk and dL/dv, or adds to them.
-template <typename T>
-void differentiate(const Arguments& a, const GradientRoom<T>& room, const Stack& key,
-                   const Rows& query, const Rows& grad_sum, int64_t rows, int64_t keys, bool add) {
-  constexpr bool pairs = kPaired<T>;
-  const int64_t width = room.width, block = room.block;
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const F share = load(room.shares + i);
-    float* p = room.weights + i;
-    for (int64_t j = 0; j < keys; ++j) store(p + j * block, load(p + j * block) * share);
-  }
-  if (a.grad_value || a.grad_prefix_value) {
-    const Left p = over_columns<T>(room.weights, keys, block, rows, room.columns);
-    const Stack grad = stack_of<T>(grad_sum.data, grad_sum.stride, rows, width, room.grad_stack);
-    gemm<pairs>(keys, a.width, units_of<T>(rows), p.data, p.strides, grad.data, grad.stride,
-                room.grad_value, width, add);
-  }
-  transpose(rows, units_of<T>(a.width), grad_sum.data, grad_sum.stride, room.grad_columns, block);
-  gemm<pairs>(keys, rows, units_of<T>(a.width), room.value, {room.units, 1}, room.grad_columns,
-              block, room.grad_weights, block, false);
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const float* p = room.weights + i;
-    float* grad = room.grad_weights + i;
-    F mean = {};
-    for (int64_t j = 0; j < keys; ++j) mean = fma(load(p + j * block), load(grad + j * block), mean);
-    for (int64_t j = 0; j < keys; ++j) {
-      store(grad + j * block, load(p + j * block) * (load(grad + j * block) - mean));
-    }
-  }
-  if (a.grad_key || a.grad_prefix_key) {
-    const Left grad = over_columns<T>(room.grad_weights, keys, block, rows, room.columns);
-    const Stack q = stack_of<T>(query.data, query.stride, rows, width, room.query_stack);
-    gemm<pairs>(keys, a.width, units_of<T>(rows), grad.data, grad.strides, q.data, q.stride,
-                room.grad_key, width, add);
-  }
-  const Left grad = over_rows<T>(room.grad_weights, keys, block, rows, room.left);
-  gemm<pairs>(rows, a.width, units_of<T>(keys), grad.data, grad.strides, key.data, key.stride,
-              room.result, width, false);
-}
-
 // What dL/dq still lacks: keys were scaled when they were gathered, unless they were left as units.
 template <typename T>
 float key_factor(const Arguments& a) {
   return kPaired<T> ? a.scale : 1.0f;
 }
 
-// Rows of the gradient of what attention alone returns: dL/d out, through the gate where there is one.
-// Writes the gate's own, dL/d out * (p v), with p v in room.result.
+// Rows of dL/d out of some queries. A gate with a row of its own is applied; one of a single number
+// for a token is left to the weights, in room.factors.
 template <typename T>
-Rows through_gate(const Sequence& s, const GradientRoom<T>& room, const Queries& queries,
-                  int64_t first, int64_t rows) {
+Rows grad_rows(const Sequence& s, const GradientRoom<T>& room, const Queries& queries, int64_t first,
+               int64_t rows) {
   const Arguments& a = s.a;
-  const int64_t width = room.width;
-  if (!a.gate.data) {
-    return rows_of<T>(s, a.grad_out, a.grad_prefix_out, queries, first, rows, width,
+  const bool whole = a.gate.data && a.gate.width != 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool gated = !whole && first + i < queries.tokens;
+    room.factors[i] = gated ? gate_of(s, first + i, room.gate).factor : 1.0f;
+  }
+  if (!whole) {
+    return rows_of<T>(s, a.grad_out, a.grad_prefix_out, queries, first, rows, room.width,
                       room.grad_units);
   }
   for (int64_t i = 0; i < rows; ++i) {
-    float* grad = room.grad_out + i * width;
-    const int64_t token = first + i;
-    if (token >= queries.tokens) {
-      load_row(s.at<T>(a.grad_prefix_out, token - queries.tokens), a.width, grad);
-    } else {
-      load_row(s.at<T>(a.grad_out, token), a.width, grad);
-      if (a.grad_gate) {
-        const float* out = room.result + i * width;
-        if (a.gate.width == 0) {
-          F sum = {};
-          for (int64_t d = 0; d < a.width; d += kLanes) sum = fma(load(grad + d), load(out + d), sum);
-          a.grad_gate[s.row(token)] = reduce_add(sum) * room.shares[i];
-        } else {
-          float* to = a.grad_gate + s.row(token) * a.width;
-          for (int64_t d = 0; d < a.width; ++d) to[d] = grad[d] * out[d] * room.shares[i];
-        }
-      }
-      const GateRow gate = gate_of(s, token, room.gate);
-      multiply(grad, gate.factor, gate.whole ? room.gate : nullptr, width, grad);
+    const int64_t prefix = first + i - queries.tokens;
+    float* const units = room.grad_units + i * room.units;
+    if (prefix >= 0) {
+      load_units(s.at<T>(a.grad_prefix_out, prefix), a.width, room.width, units);
+      continue;
     }
+    float* const grad = kPaired<T> ? room.grad_out : units;
+    load_row(s.at<T>(a.grad_out, first + i), a.width, grad);
+    gate_of(s, first + i, room.gate);
+    for (int64_t d = 0; d < a.width; d += kLanes) store(grad + d, load(grad + d) * load(room.gate + d));
     if constexpr (kPaired<T>) {
-      for (int64_t d = round_up(a.width, kLanes); d < width; d += kLanes) store(grad + d, F{});
-      store_row(grad, width, 1.0f, reinterpret_cast<T*>(room.grad_units + i * room.units));
+      for (int64_t d = round_up(a.width, kLanes); d < room.width; d += kLanes) store(grad + d, F{});
+      store_row(grad, room.width, 1.0f, reinterpret_cast<T*>(units));
     }
   }
   return {room.grad_units, room.units};
 }
 
+// The gradient of a gate with rows of its own: dL/d out * (p v).
+template <typename T>
+void differentiate_gate(const Sequence& s, const GradientRoom<T>& room, const Stack& value,
+                        int64_t first, int64_t rows, int64_t tokens, int64_t keys) {
+  const Arguments& a = s.a;
+  const Left weights = over_rows<T>(room.weights, keys, room.block, rows, room.left);
+  sum_values(a, room, weights, value, rows, keys);
+  for (int64_t i = 0; i < smaller(rows, tokens - first); ++i) {
+    const float* out = room.result + i * room.width;
+    load_row(s.at<T>(a.grad_out, first + i), a.width, room.grad_out);
+    float* to = a.grad_gate + s.row(first + i) * a.width;
+    for (int64_t d = 0; d < a.width; ++d) to[d] = room.grad_out[d] * out[d] * room.shares[i];
+  }
+}
+
+// From weights (not yet normalised) and their gradients, both without the gate's single numbers: puts
+// p with those, and dL/d scores, in their places. Writes the gradients of the numbers.
+template <typename T>
+void differentiate_softmax(const Sequence& s, const GradientRoom<T>& room, int64_t first,
+                           int64_t rows, int64_t tokens, int64_t keys) {
+  const Arguments& a = s.a;
+  const int64_t block = room.block;
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const F share = load(room.shares + i);
+    float* p = room.weights + i;
+    float* grad = room.grad_weights + i;
+    F mean = {};
+    for (int64_t j = 0; j < keys; ++j) mean = fma(load(p + j * block), load(grad + j * block), mean);
+    mean *= share;
+    if (a.grad_gate && a.gate.width == 0) {
+      for (int lane = 0; lane < smaller(kLanes, tokens - first - i); ++lane) {
+        a.grad_gate[s.row(first + i + lane)] = mean[lane];
+      }
+    }
+    const F factor = share * load(room.factors + i);
+    for (int64_t j = 0; j < keys; ++j) {
+      const F weight = load(p + j * block) * factor;
+      store(p + j * block, weight);
+      store(grad + j * block, weight * (load(grad + j * block) - mean));
+    }
+  }
+}
+
+// Adds the gradients that some queries send to keys and values, or sets them with the first, and
+// writes the queries' own.
 template <typename T>
 void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<T>& ahead,
-                    int64_t part, const Stack& key, const Stack& value, const Queries& queries,
-                    int64_t first, int64_t rows, int64_t keys, bool around) {
+                    int64_t part, const Rows& key, const Rows& value, const Stack& key_stack,
+                    const Stack& value_stack, const Queries& queries, int64_t first, int64_t rows,
+                    int64_t keys, bool around) {
+  constexpr bool pairs = kPaired<T>;
   const Arguments& a = s.a;
-  const int64_t width = room.width;
+  const int64_t width = room.width, block = room.block;
+  const int64_t units = units_of<T>(a.width), summed = units_of<T>(rows);
+  const bool to_value = a.grad_value || a.grad_prefix_value;
+  const bool to_key = a.grad_key || a.grad_prefix_key;
+  // As in forward: each product finds what it needs written some time ago.
   ahead.fetch_part(a.query, part);
   const Rows query =
       rows_of<T>(s, a.query, a.prefix_query, queries, first, rows, width, room.query);
-  attend(s, room, query, queries, first, rows, keys);
+  turn_queries(a, room, query, rows);
+  const Rows grad = grad_rows(s, room, queries, first, rows);
+  transpose(rows, units, grad.data, grad.stride, room.grad_columns, block);
+  score(a, room, key, rows, keys);
+  Stack grad_stack{}, query_stack{};
+  if (to_value) grad_stack = stack_of<T>(grad.data, grad.stride, rows, width, room.grad_stack);
   ahead.fetch_part(a.key, part);
-  if (a.grad_gate) sum_values(a, room, value, rows, keys);
-  const Rows grad = through_gate(s, room, queries, first, rows);
+  gemm<pairs>(keys, rows, units, value.data, {value.stride, 1}, room.grad_columns, block,
+              room.grad_weights, block, false);
+  if (to_key) query_stack = stack_of<T>(query.data, query.stride, rows, width, room.query_stack);
+  weigh(s, room, queries, first, rows, keys);
   ahead.fetch_part(a.value, part);
-  differentiate(a, room, key, query, grad, rows, keys, first > 0);
+  if (a.grad_gate && a.gate.width != 0) {
+    differentiate_gate(s, room, value_stack, first, rows, queries.tokens, keys);
+  }
+  differentiate_softmax(s, room, first, rows, queries.tokens, keys);
   ahead.fetch_part(a.grad_out, part);
   ahead.fetch_part(a.gate, part);
+  Left p{}, of_keys{};
+  if (to_value) p = over_columns<T>(room.weights, keys, block, rows, room.weight_columns);
+  if (to_key) of_keys = over_columns<T>(room.grad_weights, keys, block, rows, room.columns);
+  const Left of_queries = over_rows<T>(room.grad_weights, keys, block, rows, room.left);
+  if (to_value) {
+    gemm<pairs>(keys, a.width, summed, p.data, p.strides, grad_stack.data, grad_stack.stride,
+                room.grad_value, width, first > 0);
+  }
+  if (to_key) {
+    gemm<pairs>(keys, a.width, summed, of_keys.data, of_keys.strides, query_stack.data,
+                query_stack.stride, room.grad_key, width, first > 0);
+  }
+  gemm<pairs>(rows, a.width, units_of<T>(keys), of_queries.data, of_queries.strides, key_stack.data,
+              key_stack.stride, room.result, width, false);
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = room.result + i * width;
     const int64_t token = first + i;
@@ -367,17 +466,21 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
     const Ahead<T> ahead(a, task, end, heads, (end_head - s.h) * blocks);
     const int64_t keys = a.prefixes + count_real(s, room.before);
     for (int64_t part = 0; s.h < end_head; ++s.h) {
-      gather<T>(s, a.prefix_key, a.key, room.before, width, a.scale, room.key);
-      gather<T>(s, a.prefix_value, a.value, room.before, width, 1.0f, room.value);
-      const Stack key = stack_of<T>(room.key, room.units, keys, width, room.key_stack);
-      Stack value{};
-      if (a.grad_gate) value = stack_of<T>(room.value, room.units, keys, width, room.value_stack);
+      const Rows key = rows_of_keys<T>(s, a.prefix_key, a.key, room.before, keys, width, a.scale,
+                                       true, room.key);
+      const Rows value = rows_of_keys<T>(s, a.prefix_value, a.value, room.before, keys, width, 1.0f,
+                                         true, room.value);
+      const Stack key_stack = stack_of<T>(key.data, key.stride, keys, width, room.key_stack);
+      Stack value_stack{};
+      if (a.grad_gate && a.gate.width != 0) {
+        value_stack = stack_of<T>(value.data, value.stride, keys, width, room.value_stack);
+      }
       // The first block sets what others add to.
       for (int64_t i = 0; queries.count() == 0 && i < keys * width; ++i) {
         room.grad_key[i] = room.grad_value[i] = 0.0f;
       }
       for (int64_t first = 0; first < queries.count(); first += room.block, ++part) {
-        backward_block(s, room, ahead, part, key, value, queries, first,
+        backward_block(s, room, ahead, part, key, value, key_stack, value_stack, queries, first,
                        smaller(room.block, queries.count() - first), keys, fits(a.grad_query));
       }
       for (int64_t i = 0; !a.grad_out.data && a.grad_query && i < a.length; ++i) {

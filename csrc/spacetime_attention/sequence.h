@@ -88,6 +88,10 @@ class Walk {
     return even_ ? first_ + i * step_ : s_.at<T>(x_, i);
   }
 
+  // Whether rows are equally far apart, and by how many elements.
+  bool even() const { return even_; }
+  int64_t step() const { return step_; }
+
  private:
   const Sequence& s_;
   const Video& x_;
