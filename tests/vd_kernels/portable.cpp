@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "spacetime_attention/cpu_kernels.h"
@@ -38,6 +39,7 @@ void choose() {
   std::vector<float> scores = numbers(rows * frames, 1), weights = room(rows * slots * frames);
   for (int64_t t = 0; t < frames; t += 3) scores[t] = -INFINITY;
   std::vector<int64_t> indices(rows * slots);
+  const auto slot_mask = std::make_unique<bool[]>(rows * slots);
   const std::vector<float> grad = numbers(rows * slots * frames, 2);
   std::vector<float> grad_scores = room(rows * frames);
 
@@ -46,6 +48,7 @@ void choose() {
   c.scores = scores.data();
   c.seed = 1234567890123, c.row_offset = 5;
   c.indices = indices.data();
+  c.slot_mask = slot_mask.get();
   c.sigma = 0.5, c.samples = 100, c.chunks = 2;
   c.temperature = 0.7f;
   c.grad = grad.data();
