@@ -166,7 +166,7 @@ def ours(function: Function) -> list[Contestant]:
             context=lambda name=backend.name: vd_kernels.use_backend(name),
         )
         for backend in vd_kernels.explain().backends
-        if backend.available
+        if backend.available and backend.name != "sdpa"  # torch's own, a contestant anyway
     ]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vd_kernels._version import __version__
 
-BACKENDS = ("reference", "cpp", "cuda", "triton")
+BACKENDS = ("reference", "cpp", "cuda", "triton", "sdpa")
 LARGEST_HEAD = 256
 """Elements of one head that Triton kernels take at most: a head lies on chip as a whole."""
 MOST_HEADS = 2**31 - 1
@@ -100,7 +100,7 @@ def use_backend(name: str) -> Iterator[None]:
     Backward follows the choice that holds when it runs.
 
     Args:
-        name: "reference", "cpp", "cuda" or "triton".
+        name: "reference", "cpp", "cuda", "triton" or "sdpa".
 
     Raises:
         BackendError: There is no backend of that name (a ValueError).
@@ -136,7 +136,7 @@ def planned(
     try:
         key = (
             plan,
-            _chosen[-1] if _chosen else _environment,
+            forced(),
             *[None if x is None else (x.shape, x.dtype, x.device) for x in tensors],
             settings,
             *map(type, settings),  # as 1 == 1.0 == True
@@ -152,12 +152,18 @@ def planned(
     return found
 
 
+def forced() -> str | None:
+    """The backend that the user asked for, if any."""
+    return _chosen[-1] if _chosen else _environment
+
+
 def choose(
     operation: str,
     implementations: Mapping[str, Callable],
     tensor: Tensor,
     heads: Sequence[Tensor | None] = (),
     frames: int = 0,
+    lacks: Mapping[str, str] | None = None,
 ) -> Callable:
     """The implementation of an operation that is to run now.
 
@@ -167,29 +173,45 @@ def choose(
         tensor: Its device and dtype decide which can run.
         heads: Tensors whose last dimension is one head's; its size decides, too.
         frames: How many there are to choose from; that decides likewise.
+        lacks: By backend, why it cannot take this call, as far as the operation itself knows.
 
     Raises:
         BackendError: The user chose a backend that the operation does not have here, or VD_BACKEND
             names none.
     """
-    name = _chosen[-1] if _chosen else _environment
+    lacks = lacks or {}
+    name = forced()
     if not name:
-        for name, found in implementations.items():
-            if not _refuses(name, tensor, heads, frames):
-                return found
+        return fastest(implementations, tensor, heads, frames, lacks)
     _check_name("VD_BACKEND", name)
     found = implementations.get(name)
     if found:
-        lacks = _refuses(name, tensor, heads, frames, forced=True)
-        if not lacks:
+        reason = _refuses(name, tensor, heads, frames, forced=True) or lacks.get(name)
+        if not reason:
             return found
     else:
         absent = f"it has no {_LANGUAGES[name]} implementation in this version"
-        lacks = "; ".join([absent, *_INSPECT[name]()[1]])
+        reason = "; ".join([absent, *_INSPECT[name]()[1]])
     raise BackendError(
-        f"{operation} cannot run on backend {name!r}: {lacks}. Choose another with VD_BACKEND or "
+        f"{operation} cannot run on backend {name!r}: {reason}. Choose another with VD_BACKEND or "
         "vd_kernels.use_backend, or leave the choice to each operator"
     )
+
+
+def fastest(
+    implementations: Mapping[str, Callable],
+    tensor: Tensor,
+    heads: Sequence[Tensor | None],
+    frames: int,
+    lacks: Mapping[str, str],
+) -> Callable:
+    """As `choose`, where the user has asked for none."""
+    able = (
+        found
+        for name, found in implementations.items()
+        if not (lacks.get(name) or _refuses(name, tensor, heads, frames))
+    )
+    return next(able)
 
 
 def _refuses(
@@ -207,6 +229,9 @@ def _refuses(
         return _triton_refuses(tensor, heads, frames, forced)
     if name == "cuda":
         return _cuda_refuses(tensor, frames)
+    if name == "sdpa":
+        unasked = "" if forced or tensor.is_cuda else "it runs on GPUs alone unless asked for"
+        return _refuses_double(tensor) or unasked
     if not tensor.is_cpu:
         return f"it takes tensors on the CPU, got one on {tensor.device}"
     return _refuses_double(tensor) or load_cpu_kernels()
@@ -460,12 +485,23 @@ def _triton() -> tuple[str, tuple[str, ...]]:
     return "NVIDIA and AMD GPUs", tuple(lacks + _no_cuda())
 
 
+def _sdpa() -> tuple[str, tuple[str, ...]]:
+    return 'GPUs, forward of axis "joint" alone; elsewhere when asked for', ()
+
+
 _INSPECT: dict[str, Callable[[], tuple[str, tuple[str, ...]]]] = {
     "reference": _reference,
     "cpp": _cpp,
     "cuda": _cuda,
     "triton": _triton,
+    "sdpa": _sdpa,
 }
 """Where a backend runs, and what this machine lacks for it."""
 
-_LANGUAGES = {"reference": "PyTorch", "cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
+_LANGUAGES = {
+    "reference": "PyTorch",
+    "cpp": "C++",
+    "cuda": "CUDA",
+    "triton": "Triton",
+    "sdpa": "scaled_dot_product_attention",
+}

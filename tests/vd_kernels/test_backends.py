@@ -46,6 +46,8 @@ def test_a_backend_tells_which_operators_it_has() -> None:
     assert found["reference"].operators == found["cpp"].operators == every
     assert found["triton"].operators == every
     assert found["cuda"].operators == ("topk_sample",)
+    assert found["sdpa"].operators == ("spacetime_attention",)
+    assert 'axis "joint"' in found["sdpa"].runs_on
 
 
 def test_a_missing_or_broken_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from vd_kernels import (
     topk_sample,
     use_backend,
 )
+from vd_kernels.spacetime_attention import op as attention
 from vd_kernels.testing import normal
 
 pytestmark = [
@@ -137,6 +138,21 @@ def test_the_choices_are_those_of_the_cpu(method: str, size: tuple[int, int, int
         there = topk_sample(scores, k, **settings)
         assert torch.equal(here.indices.cpu(), there.indices)
         assert torch.equal(here.weights.cpu(), there.weights)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_joint_attention_is_torchs_where_it_takes_it(gated: bool) -> None:
+    tokens = draw(2, 16, 49, 3, 4, 64, dtype=BF16).unbind(3)
+    assert attention._is_fused(*tokens)
+    assert not attention._is_fused(*(x.float() for x in tokens))
+    assert not attention._is_fused(*(x[:, :, 1:] for x in tokens))
+    gate = draw(2, 16, 49, 4, 1).sigmoid() if gated else None
+    found = [spacetime_attention(*tokens, axis="joint", gate=gate)]
+    for name in ("sdpa", "triton"):
+        with use_backend(name):
+            found.append(spacetime_attention(*tokens, axis="joint", gate=gate))
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[1], found[2], atol=1e-2, rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------

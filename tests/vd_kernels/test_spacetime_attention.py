@@ -6,6 +6,7 @@ import doctest
 import importlib
 import itertools
 import math
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -13,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vd_kernels import spacetime_attention
+from vd_kernels import backends, spacetime_attention, use_backend
+from vd_kernels.spacetime_attention import op
 
 AXES = ("time", "space", "joint")
+HALF = torch.randn(1, 8, 6, 2, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+PREFIX = torch.zeros(1, 1, 1, 2, 16)
 
 
 def sees(axis: str, a: tuple, b: tuple, window: object, grid: object, causal: bool) -> bool:
@@ -392,6 +396,102 @@ X, P = torch.zeros(2, 3, 6, 2, 4), torch.zeros(2, 1, 1, 2, 4)
 def test_bad_input(tokens: tuple, kwargs: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         spacetime_attention(*tokens, **{"axis": "time", **kwargs})
+
+
+# ---------------------------------------------------------------------------------------------
+# Joint attention by torch's scaled_dot_product_attention
+
+REFUSED = [
+    ({"axis": "time"}, "it takes axis=\"joint\" alone, got 'time'"),
+    ({"window": (1, 1, 1), "grid": (2, 3)}, "it takes no window"),
+    ({"key_mask": torch.ones(1, 8, dtype=torch.bool)}, "it takes no key_mask"),
+    ({"prefix_key": PREFIX, "prefix_value": PREFIX}, "it takes no prefix_key"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REFUSED, ids=lambda x: "")
+def test_what_sdpa_does_not_take_is_refused(options: dict, reason: str) -> None:
+    x = HALF.float()
+    with use_backend("sdpa"), pytest.raises(RuntimeError, match=re.escape(reason)):
+        spacetime_attention(x, x, x, **{"axis": "joint", **options})
+    with use_backend("sdpa"), pytest.raises(RuntimeError, match="float64 runs on the reference"):
+        spacetime_attention(x.double(), x.double(), x.double(), axis="joint")
+
+
+class OnAGpu:
+    """What is looked at of a tensor on a GPU, where a backend is chosen."""
+
+    is_cuda, is_cpu, device, dtype, shape = True, False, torch.device("cuda", 0), HALF.dtype, (8,)
+
+    def numel(self) -> int:
+        return 8
+
+
+def test_on_a_gpu_sdpa_is_chosen_where_it_can_do_the_whole_call(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_too_old", lambda index: "")
+    x = OnAGpu()
+    plain, given = ("joint", None, None, None), torch.ones(1)
+    assert op.choose(op.FORWARD, x, *plain) is op.FORWARD["sdpa"]
+    assert op.choose(op.BACKWARD, x, *plain) is not op.BACKWARD["sdpa"]
+    for other in (
+        ("time", None, None, None),
+        ("space", None, None, None),
+        ("joint", (1, 1, 1), None, None),
+        ("joint", None, given, None),
+        ("joint", None, None, given),
+    ):
+        assert op.choose(op.FORWARD, x, *other) not in (op.FORWARD["sdpa"], op.FORWARD["cpp"])
+    x = HALF
+    assert op.choose(op.FORWARD, x, *plain) is not op.FORWARD["sdpa"]  # on the CPU never unasked
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """Patches first, so that no one stride leads from token to token."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+FUSED = torch.stack([HALF, HALF + 1, HALF - 1], dim=3).unbind(3)
+"""query, key and value beside each other, as a projection writes them."""
+
+LAID_OUT = {
+    "contiguous": ((HALF,) * 3, True),
+    "fused": (FUSED, True),
+    "one frame": ((interleaved(HALF)[:, :1],) * 3, True),
+    "one patch": ((interleaved(HALF)[:, :, 2:3],) * 3, True),
+    "interleaved": ((HALF, interleaved(HALF), HALF), False),
+    "some patches": ((HALF[:, :, 1:],) * 3, False),
+    "float32": ((HALF.float(),) * 3, False),
+    "heads of 4": ((HALF[..., :4].contiguous(),) * 3, False),
+    "not aligned": ((HALF.flatten()[1:1025].view(1, 8, 4, 2, 16),) * 3, False),
+    "strided": ((HALF.repeat_interleave(2, -1)[..., ::2],) * 3, False),
+}
+
+
+@pytest.mark.parametrize(("tensors", "delegated"), LAID_OUT.values(), ids=LAID_OUT)
+def test_unasked_sdpa_has_what_needs_no_copy(
+    tensors: tuple[Tensor, ...], delegated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where torch has a fused kernel; and without one it is left aside."""
+    for takes in (False, True):
+        given, sdpa = [], F.scaled_dot_product_attention
+
+        def noted(*views: Tensor, given: list = given, sdpa=sdpa, **options: float) -> Tensor:
+            given.extend(views)
+            return sdpa(*views, **options)
+
+        monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _, t=takes: t)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", noted)
+            gate = torch.rand(1, 1, 1, 2, 1)
+            rest = "joint", None, None, False, None, None, None, None, gate, 0.3
+            out, _ = op._forward_sdpa(*tensors, *rest)
+        assert bool(given) == (takes and delegated)
+        for view, x in zip(given, tensors, strict=False):
+            assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        with use_backend("reference"):
+            expected = spacetime_attention(*tensors, axis="joint", gate=gate, scale=0.3)
+        torch.testing.assert_close(out, expected, atol=2e-2, rtol=0)
+        assert out.is_contiguous() and out.dtype == expected.dtype
 
 
 def test_the_docstring_example_runs() -> None:

@@ -38,6 +38,19 @@ def test_cpp(check: Check, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check()
 
 
+LIMITED = ("-window-", "-far-", "-mask-", "-prefix")
+JOINT = [
+    check
+    for check in suite("sdpa", operators=["spacetime_attention"])
+    if "-joint-" in check.name and not any(word in check.name for word in LIMITED)
+]
+
+
+@pytest.mark.parametrize("check", JOINT, ids=str)
+def test_sdpa(check: Check) -> None:
+    check()
+
+
 def test_where_there_is_a_compiler_the_kernels_are_built() -> None:
     """Else every check of them would be skipped, and nobody would know."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:

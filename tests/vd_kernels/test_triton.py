@@ -389,11 +389,11 @@ def too_large_a_head_is_refused():
         raise AssertionError("not refused")
 
 def it_runs_when_asked_for():
-    assert op.choose(op.FORWARD, x) is op.FORWARD["triton"]
-    assert op.choose(op.BACKWARD, x) is op.BACKWARD["triton"]
+    assert op.choose(op.FORWARD, x, "time", None, None, None) is op.FORWARD["triton"]
+    assert op.choose(op.BACKWARD, x, "time", None, None, None) is op.BACKWARD["triton"]
 
 def it_does_not_run_unasked():
-    assert op.choose(op.FORWARD, x) is not op.FORWARD["triton"]
+    assert op.choose(op.FORWARD, x, "time", None, None, None) is not op.FORWARD["triton"]
 
 x = normal(1, 2, 1, 1, 4)
 for rows in (0, 64):

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vd_kernels import _library, backends
-from vd_kernels._checks import empty_like, rows_contiguous
+from vd_kernels._checks import empty_like, full_precision, rows_contiguous
 from vd_kernels.spacetime_attention import reference
 
 _AXES = {"time": 0, "space": 1, "joint": 2}
@@ -88,6 +89,69 @@ def _backward_cpp(
     )
 
 
+def _forward_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, *arguments: Any
+) -> tuple[Tensor, None]:
+    """ "joint" by torch's scaled_dot_product_attention, of [B,T,S,H,D] seen as [B,H,T*S,D].
+
+    Unasked it runs only where a fused kernel takes that view; else a kernel of ours is faster.
+    """
+    if backends.forced() != "sdpa" and not _is_fused(query, key, value):
+        return _without_sdpa(FORWARD, query)(query, key, value, *arguments)
+    *_, gate, scale = arguments
+    with full_precision(query):
+        views = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(*views, scale=scale)
+        out = out.transpose(1, 2).reshape(query.shape).contiguous()
+        return out if gate is None else out.mul_(gate), None
+
+
+def _is_fused(*tensors: Tensor) -> bool:
+    """Whether torch has a fused kernel for query, key and value as they lie.
+
+    In half precision: kernels of ours multiply float32 in full.
+    """
+    query = tensors[0]
+    batch, _, _, heads, width = query.shape
+    # Above that, grids and offsets of 32 bits end; and rows are read in vectors of 16 bytes.
+    if query.dtype == torch.float32 or max(batch, heads) > 65_535 or query.numel() >= 2**31:
+        return False
+    if width % 8 or not all(map(_has_joint_view, tensors)):
+        return False
+    for x in tensors:
+        steps = [stride for n, stride in zip(x.shape[:4], x.stride(), strict=False) if n > 1]
+        if x.data_ptr() % 16 or any(step % 8 for step in steps):
+            return False
+    views = [x.flatten(1, 2).transpose(1, 2) for x in tensors]
+    call = torch.backends.cuda.SDPAParams(*views, None, 0.0, False, False)
+    return any(
+        takes(call)
+        for takes in (
+            torch.backends.cuda.can_use_flash_attention,
+            torch.backends.cuda.can_use_efficient_attention,
+        )
+    )
+
+
+def _has_joint_view(x: Tensor) -> bool:
+    """Whether [B,T,S,H,D] may be seen as [B,T*S,H,D], rows of D being contiguous."""
+    _, frames, patches, _, _ = x.shape
+    together = 1 in (frames, patches) or x.stride(1) == patches * x.stride(2)
+    return together and x.stride(4) == 1
+
+
+def _backward_without_sdpa(
+    grad_out: Tensor | None, grad_prefix_out: Tensor | None, query: Tensor, *arguments: Any
+) -> tuple[Tensor | None, ...]:
+    """torch's adds up gradients in any order."""
+    run = _without_sdpa(BACKWARD, query)
+    return run(grad_out, grad_prefix_out, query, *arguments)
+
+
+def _without_sdpa(table: dict[str, Callable], query: Tensor) -> Callable:
+    return backends.fastest(table, query, (query,), 0, {"sdpa": "left out"})
+
+
 def _cpp_settings(
     axis: str,
     window: Sequence[int] | None,
@@ -116,25 +180,52 @@ def _forward_reference(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor |
 
 FORWARD: dict[str, Callable] = {
     "cpp": _forward_cpp,
+    "sdpa": _forward_sdpa,
     "triton": backends.triton_function("spacetime_attention", "forward"),
     "reference": _forward_reference,
 }
 BACKWARD: dict[str, Callable] = {
     "cpp": _backward_cpp,
     "triton": backends.triton_function("spacetime_attention", "backward"),
+    "sdpa": _backward_without_sdpa,
     "reference": reference.backward,
 }
 """By backend, the fastest first."""
 
 
-def choose(table: dict[str, Callable], query: Tensor) -> Callable:
+def choose(
+    table: dict[str, Callable],
+    query: Tensor,
+    axis: str,
+    window: object,
+    key_mask: Tensor | None,
+    prefix_key: Tensor | None,
+) -> Callable:
     """The function of FORWARD or BACKWARD that is to run now."""
-    return backends.choose("spacetime_attention", table, query, (query,))
+    lacks = "" if axis == "joint" else f'it takes axis="joint" alone, got {axis!r}'
+    more = {"window": window, "key_mask": key_mask, "prefix_key": prefix_key}
+    for name, given in more.items():
+        if given is not None:
+            lacks = lacks or f"it takes no {name}"
+    return backends.choose("spacetime_attention", table, query, (query,), lacks={"sdpa": lacks})
 
 
-def _forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    run = choose(FORWARD, query)
-    out, prefix_out = run(query, *arguments)
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor]:
+    run = choose(FORWARD, query, axis, window, key_mask, prefix_key)
+    settings = axis, window, grid, causal, key_mask
+    out, prefix_out = run(query, key, value, *settings, prefix_query, prefix_key, *others)
     return out, query.new_empty(0) if prefix_out is None else prefix_out
 
 
@@ -160,10 +251,25 @@ def _fake(
 
 
 def _backward(
-    grad_out: Tensor | None, grad_prefix_out: Tensor | None, query: Tensor, *arguments: Any
+    grad_out: Tensor | None,
+    grad_prefix_out: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    axis: str,
+    window: Sequence[int] | None,
+    grid: Sequence[int] | None,
+    causal: bool,
+    key_mask: Tensor | None,
+    prefix_query: Tensor | None,
+    prefix_key: Tensor | None,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    run = choose(BACKWARD, query)
-    grads = run(grad_out, grad_prefix_out, query, *arguments)
+    run = choose(BACKWARD, query, axis, window, key_mask, prefix_key)
+    settings = axis, window, grid, causal, key_mask
+    grads = run(
+        grad_out, grad_prefix_out, query, key, value, *settings, prefix_query, prefix_key, *others
+    )
     return tuple(query.new_empty(0) if g is None else g.contiguous() for g in grads)
 
 
