@@ -1,18 +1,23 @@
 """What each Triton kernel takes of a GPU: compiles them for GPUs that need not be here.
 
-    python -m vd_kernels.compile_kernels                  a table of variants that cover all
-    python -m vd_kernels.compile_kernels docs/kernels.md  the same, written into that document
-    python -m vd_kernels.compile_kernels all              every variant
+    python -m vd_kernels.compile_kernels                    a table of variants that cover all
+    python -m vd_kernels.compile_kernels docs/kernels.md    the same, written into that document
+    python -m vd_kernels.compile_kernels all [WORD ...]     every variant, or those of these words
+
+"all" takes hours: it uses all cores, writes each row when it is there, and, as Triton caches what
+it compiled, goes on where it was stopped. Words are those of a row and its architecture: "all sm_90
+float32 D64".
 
 The operators' own code decides what is compiled: it is called with tensors that have no data, and
 what it would launch is noted. A kernel for NVIDIA that spills registers or takes more shared
-memory than every GPU from compute capability 8.0 on has is an error. Triton caches what it
-compiled.
+memory than every GPU from compute capability 8.0 on has is an error.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from vd_kernels import _triton
+from vd_kernels._triton import Launch
 from vd_kernels.language_gate import triton_kernels as language_gate
 from vd_kernels.spacetime_attention import triton_kernels as spacetime_attention
 from vd_kernels.topk_sampling import triton_kernels as topk_sampling
@@ -250,7 +256,7 @@ def every() -> Iterator[Case]:
 # Compilation
 
 
-def source(launch: _triton.Launch) -> tuple[ASTSource, dict[str, object]]:
+def source(launch: Launch) -> tuple[ASTSource, dict[str, object]]:
     """A launch as Triton would compile it, and its options. New tensors lie at multiples of 16."""
     kernel, _, arguments, settings = launch
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | settings
@@ -267,34 +273,33 @@ def source(launch: _triton.Launch) -> tuple[ASTSource, dict[str, object]]:
     return ASTSource(kernel, signature, constants, attributes), given
 
 
-def launched(case: Case, arch: str) -> list[_triton.Launch]:
+def launched(case: Case, arch: str) -> list[Launch]:
     """What a case launches, each kernel once unless it is to be compiled in several ways."""
     with _triton.recorded(arch) as launches:
         case.run()
     return list({source(launch)[0].hash(): launch for launch in launches}.values())
 
 
-def compile_case(case: Case, arch: str) -> Iterator[Usage]:
-    """All kernels that a case launches, compiled for an architecture."""
-    for launch in launched(case, arch):
-        code, options = source(launch)
-        compiled = triton.compile(
-            code, target=TARGETS[arch], options={"enable_fp_fusion": True} | options
-        )
-        registers, spills, products = (_of_nvidia if arch.startswith("sm_") else _of_amd)(compiled)
-        yield Usage(
-            case.operator,
-            launch.kernel.__name__.removesuffix("_kernel"),
-            case.form,
-            str(case.dtype).removeprefix("torch."),
-            case.sizes,
-            arch,
-            options["num_warps"],
-            registers,
-            spills,
-            compiled.metadata.shared,
-            products,
-        )
+def compile_launch(case: Case, launch: Launch, arch: str) -> Usage:
+    """One kernel of those that a case launches, compiled for an architecture."""
+    code, options = source(launch)
+    compiled = triton.compile(
+        code, target=TARGETS[arch], options={"enable_fp_fusion": True} | options
+    )
+    registers, spills, products = (_of_nvidia if arch.startswith("sm_") else _of_amd)(compiled)
+    return Usage(
+        case.operator,
+        launch.kernel.__name__.removesuffix("_kernel"),
+        case.form,
+        str(case.dtype).removeprefix("torch."),
+        case.sizes,
+        arch,
+        options["num_warps"],
+        registers,
+        spills,
+        compiled.metadata.shared,
+        products,
+    )
 
 
 def _of_nvidia(compiled: CompiledKernel) -> tuple[int, int, int]:
@@ -320,7 +325,39 @@ def _of_amd(compiled: CompiledKernel) -> tuple[int, int, int]:
 
 def compile_cases(cases: Iterable[Case], archs: Iterable[str] = TARGETS) -> Iterator[Usage]:
     for arch, case in itertools.product(archs, list(cases)):
-        yield from compile_case(case, arch)
+        for launch in launched(case, arch):
+            yield compile_launch(case, launch, arch)
+
+
+def different(cases: Iterable[Case], words: Iterable[str]) -> list[tuple[Case, Launch, str]]:
+    """What several cases launch, each kernel once, with its architecture."""
+    found = {}
+    for arch, case in itertools.product(TARGETS, list(cases)):
+        for launch in launched(case, arch):
+            name = launch.kernel.__name__.removesuffix("_kernel")
+            dtype = str(case.dtype).removeprefix("torch.")
+            told = f"{arch} {case.operator} {name} {case.form} {dtype} {case.sizes}"
+            if set(words) <= set(told.split()):
+                code, options = source(launch)
+                key = arch, code.hash(), *sorted(options.items())
+                found.setdefault(key, (case, launch, arch))
+    return list(found.values())
+
+
+def compile_all(words: Iterable[str]) -> Iterator[Usage]:
+    """Every variant of which `words` are true, on all cores that this process may use."""
+    global _work
+    _work = different(every(), words)
+    # A forked process has the work as it stands: a case's function cannot be sent to it.
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.imap(_compile_one, range(len(_work)))
+
+
+_work: list[tuple[Case, Launch, str]] = []
+
+
+def _compile_one(i: int) -> Usage:
+    return compile_launch(*_work[i])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,18 +366,14 @@ def compile_cases(cases: Iterable[Case], archs: Iterable[str] = TARGETS) -> Iter
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 
 
-def table(usages: Iterable[Usage]) -> str:
-    """As Markdown, with the version of Triton, whose compiler the numbers are of."""
-    lines = [f"Triton {triton.__version__}.", ""]
+def table(usages: Iterable[Usage]) -> Iterator[str]:
+    """As lines of Markdown, with the version of Triton, whose compiler the numbers are of."""
+    yield f"Triton {triton.__version__}."
     for arch, group in itertools.groupby(usages, lambda usage: usage.arch):
-        lines += [
-            f"### {arch}",
-            "",
-            "| kernel | form | dtype | sizes | warps | registers | spills | shared | products |",
-            "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        lines += [*map(row, group), ""]
-    return "\n".join(lines[:-1])
+        yield from ("", f"### {arch}", "")
+        yield "| kernel | form | dtype | sizes | warps | registers | spills | shared | products |"
+        yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
+        yield from map(row, group)
 
 
 def row(u: Usage) -> str:
@@ -358,17 +391,25 @@ def rewritten(document: str, table: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    usages = []
-    for usage in compile_cases(every() if arguments == ["all"] else covering()):
-        usages.append(usage)
-        if usage.fails:
-            print(f"spills, or takes too much shared memory: {usage}", file=sys.stderr, flush=True)
-    if arguments and arguments != ["all"]:
+    everything = arguments[:1] == ["all"]
+    failed = []
+
+    def noted() -> Iterator[Usage]:
+        for usage in compile_all(arguments[1:]) if everything else compile_cases(covering()):
+            if usage.fails:
+                failed.append(usage)
+                told = f"spills, or takes too much shared memory: {usage}"
+                print(told, file=sys.stderr, flush=True)
+            yield usage
+
+    lines = table(noted())
+    if arguments and not everything:
         path = Path(arguments[0])
-        path.write_text(rewritten(path.read_text("utf-8"), table(usages)), "utf-8")
+        path.write_text(rewritten(path.read_text("utf-8"), "\n".join(lines)), "utf-8")
     else:
-        print(table(usages))
-    return int(any(usage.fails for usage in usages))
+        for line in lines:
+            print(line, flush=True)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
