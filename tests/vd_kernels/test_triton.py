@@ -670,6 +670,19 @@ def test_one_compilation_of_attention_serves_all_lengths_of_a_bucket() -> None:
     assert longer == attention_hashes(1, 4096, 16, 16, 2**40)
 
 
+def test_a_wide_window_stays_within_32_bits() -> None:
+    """In `_near` and `_span`, whose sizes are integers of 32 bits."""
+    grids = ((1, 60_000), (60_000, 1), (240, 250))
+    for axis, grid in itertools.product(("space", "joint"), grids):
+        reach = attention_kernels._reach(axis, (2**62,) * 3, grid, False, 3, 60_000)
+        step, back, ahead, columns, rows_away, columns_away = reach
+        assert columns == grid[1] and columns_away >= grid[1] - 1
+        assert axis == "space" or rows_away >= grid[0] - 1
+        tokens = 60_000 * (3 if axis == "joint" else 1)
+        assert back * step >= tokens - step  # all are within reach
+        assert tokens + (max(back, ahead) + 1) * step < 2**31
+
+
 def test_no_size_is_specialised_on() -> None:
     """Triton would make a constant of 1, and look for multiples of 16."""
     for case in compile_kernels.covering():

@@ -885,8 +885,8 @@ def _reach(
         back = frames if window is None else min(window[0], frames)
         return 1, back, 0 if causal else back, 1, 0, 0
     t, h, w = (frames, patches, patches) if window is None else window
-    h, w = min(h, patches), min(w, patches)
-    columns = 1 if grid is None else grid[1]
+    rows, columns = (patches, 1) if grid is None else grid
+    h, w = min(h, rows), min(w, columns)
     if axis == "space":
         return columns, h, h, columns, 0, w
     return max(1, patches), min(t, frames), min(t, frames), columns, h, w
