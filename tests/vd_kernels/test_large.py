@@ -54,11 +54,11 @@ def promised(count: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
-def far(x: Tensor) -> Tensor:
-    """The same values, with neighbours in every dimension but the last 2^31 elements apart."""
-    apart = [LIMIT + stride for stride in x.stride()[:-1]]
-    extent = sum(n * (size - 1) for n, size in zip(apart, x.shape, strict=False)) + x.shape[-1]
-    placed = promised(extent, x.dtype).as_strided(x.shape, [*apart, 1])
+def far(x: Tensor, apart: int = LIMIT) -> Tensor:
+    """The same values, with neighbours in every dimension but the last so many elements apart."""
+    steps = [apart + stride for stride in x.stride()[:-1]]
+    extent = sum(n * (size - 1) for n, size in zip(steps, x.shape, strict=False)) + x.shape[-1]
+    placed = promised(extent, x.dtype).as_strided(x.shape, [*steps, 1])
     return placed.copy_(x)
 
 

@@ -269,21 +269,28 @@ with use_backend("triton"):
 """
 
 
-def interpret(script: str, *runs: tuple[str, int, list[str]] | list[str]) -> None:
-    """Run the script, and checks of the suite by name: with dtype and size of a tile, or
-    those of topk_sample and topk_gather by name alone."""
+def interpreted(script: str, *runs: object) -> str:
+    """What the script prints, in a process where Triton's interpreter is chosen."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN + script, json.dumps(runs)],
         capture_output=True,
         text=True,
         timeout=170,
         check=False,
+        cwd=DOCUMENT.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def interpret(script: str, *runs: tuple[str, int, list[str]] | list[str]) -> None:
+    """Run the script, and checks of the suite by name: with dtype and size of a tile, or
+    those of topk_sample and topk_gather by name alone."""
+    told = interpreted(script, *runs)
     expected = [name for run in runs for name in (run if isinstance(run, list) else run[-1])]
-    assert done.stdout.count("passed") >= len(expected), done.stdout
-    assert "failed" not in done.stdout, done.stdout
+    assert told.count("passed") >= len(expected), told
+    assert "failed" not in told, told
 
 
 ATTENTION = """
@@ -463,6 +470,71 @@ def test_choices_interpreted() -> None:
     ]
     names = [*sizes, *others, *gathers, "topk_gather-hard-contiguous-contiguous"]
     interpret(CHOICES + CHOICE_EDGES, names)
+
+
+FAR = """
+from functools import partial
+import torch
+from tests.vd_kernels.test_large import far, tensors_of
+from vd_kernels import TopKSample, topk_gather
+from vd_kernels.spacetime_attention import triton_kernels as attention
+
+# Strides that 32 bits hold, of rows that are read number by number; and strides of 64 bits, in
+# vectors.
+(apart, width) = json.loads(sys.argv[1])[0]
+
+def same_far_apart(function, tensors):
+    results = []
+    for place in (torch.clone, partial(far, apart=apart)):
+        given = {name: place(x).requires_grad_() for name, x in tensors.items()}
+        out = function(**given)
+        out = out if isinstance(out, tuple) else (out,)
+        grads = [place(normal(*x.shape, seed=50 + i, dtype=x.dtype)) for i, x in enumerate(out)]
+        results.append([*out, *torch.autograd.grad(out, list(given.values()), grads)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+def the_gate():
+    visual, question = (2, 20, 3, width), (2, 5, 3, width)
+    tensors = tensors_of(query=visual, key=question, value=visual)
+    same_far_apart(partial(language_gate, return_gate=True), tensors)
+    tensors |= tensors_of(gate_value=question)
+    same_far_apart(partial(language_gate, return_gate=True), tensors)
+
+def attention_over(axis, whole):
+    video = (2, 3, 4, 3, width)
+    prefix = (2, {"time": 4, "space": 3, "joint": 1}[axis], 3, 3, width)
+    tensors = tensors_of(query=video, key=video, value=video, gate=video)
+    tensors |= tensors_of(prefix_query=prefix, prefix_key=prefix, prefix_value=prefix)
+    if not whole:
+        attention.whole = lambda *_, **__: None
+        attention.tiled = lambda *_, **__: attention.Tiled(16, 16, 4, 1)
+    same_far_apart(partial(spacetime_attention, axis=axis), tensors)
+
+def gathering():
+    indices = torch.tensor([[1, 4, 7], [0, 4, 8]])
+    weights = torch.zeros(2, 3, 9).scatter_(2, indices[..., None], 0.5)
+
+    def gather(values, weights):
+        return topk_gather(values, TopKSample(weights, indices, indices >= 0))
+
+    same_far_apart(gather, {"values": normal(2, 9, width), "weights": weights})
+
+with use_backend("triton"):
+    run("gate", the_gate)
+    for axis, whole in (("time", True), ("space", False), ("joint", False)):
+        run(axis, partial(attention_over, axis, whole))
+    run("gather", gathering)
+"""
+
+
+@pytest.mark.parametrize(("apart", "width"), [(2**30, 5), (2**31, 16)])
+def test_inputs_far_apart_interpreted(apart: int, width: int) -> None:
+    """In every dimension but the last."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux's way to promise memory")
+    done = interpreted(FAR, [apart, width])
+    assert done.count("passed") == 5 and "failed" not in done, done
 
 
 # ---------------------------------------------------------------------------------------------

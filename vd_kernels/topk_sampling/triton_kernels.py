@@ -652,7 +652,7 @@ def gather_values_kernel(
     # From one slot that holds the frame to the next.
     at = tl.min(tl.where(holds, slot, BLOCK_K), 0)
     while at < BLOCK_K:
-        share = tl.load(weights if SOFT else weights + at * weights_slot)
+        share = tl.load(weights if SOFT else weights + at.to(tl.int64) * weights_slot)
         g = tl.load(grad + at.to(tl.int64) * grad_slot * UNIT + e, mask=inside, other=0.0)
         total = tl.fma(share, g.to(tl.float32), total)
         at = tl.min(tl.where(holds & (slot > at), slot, BLOCK_K), 0)
