@@ -403,8 +403,13 @@ _SM_80 = {
     },
     (True, torch.bfloat16): {
         32: [Settings(64, 64, 4)],
-        64: [Settings(64, 32, 4), Settings(64, 64, 4), Settings(64, 32, 4)],
-        128: [Settings(32, 32, 4), Settings(32, 32, 8)],
+        64: [
+            Settings(64, 16, 4, 200),
+            Settings(64, 32, 4),
+            Settings(64, 64, 4),
+            Settings(64, 32, 4),
+        ],
+        128: [Settings(32, 32, 4, 200), Settings(32, 32, 8)],
         256: [Settings(32, 32, 8), Settings(32, 16, 8)],
         512: [Settings(16, 16, 8)],
     },
@@ -419,21 +424,28 @@ _SM_80 = {
     (False, torch.float32): {
         32: [Settings(32, 32, 4), Settings(32, 32, 8, 96)],
         64: [Settings(32, 32, 4), Settings(32, 32, 8)],
-        128: [Settings(32, 32, 4)],
+        128: [Settings(16, 32, 4)],
         256: [Settings(32, 16, 8)],
         512: [Settings(16, 16, 8)],
     },
     (True, torch.float32): {
         32: [Settings(32, 32, 4, 168), Settings(32, 32, 8)],
-        64: [Settings(32, 32, 4), Settings(32, 32, 8)],
+        64: [Settings(32, 16, 8), Settings(32, 32, 4), Settings(32, 32, 8, 255)],
         128: [Settings(16, 16, 8)],
         256: [Settings(16, 16, 8)],
         512: [Settings(16, 16, 8)],
     },
 }
 _SM_80[False, torch.float16] = _SM_80[False, torch.bfloat16]
+_GFX942 = _SM_80 | {
+    (False, torch.bfloat16): _SM_80[False, torch.bfloat16] | {256: [Settings(64, 32, 8)]},
+    (False, torch.float16): _SM_80[False, torch.float16] | {256: [Settings(64, 32, 8)]},
+    (True, torch.bfloat16): _SM_80[True, torch.bfloat16] | {256: [Settings(16, 16, 8)]},
+    (True, torch.float16): _SM_80[True, torch.float16] | {256: [Settings(16, 16, 8)]},
+}
 _TABLES = {
     "sm_80": _SM_80,  # and every GPU that is not named
+    "gfx942": _GFX942,
     "interpreter": {
         key: {size: [Settings(64, 128, 4)] for size in table} for key, table in _SM_80.items()
     },

@@ -682,6 +682,8 @@ class Whole(NamedTuple):
     tiles: int
     """Sequences of a program."""
     warps: int
+    registers: int = 0
+    """Of a thread, at most; see `_triton.registers`."""
 
 
 class Tiled(NamedTuple):
@@ -691,6 +693,8 @@ class Tiled(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int = 0
+    """As of `Whole`."""
 
 
 _WHOLE_SM_80 = {
@@ -704,7 +708,7 @@ _WHOLE_SM_80 = {
     },
     (True, 2): {
         16: {16: Whole(4, 4), 32: Whole(1, 2)},
-        32: {16: Whole(4, 4), 32: Whole(1, 2)},
+        32: {16: Whole(4, 4), 32: Whole(1, 2, 168)},
         64: {16: Whole(4, 4), 32: Whole(1, 2)},
         128: {16: Whole(1, 4), 32: Whole(1, 4)},
         256: {16: Whole(1, 8)},
@@ -730,12 +734,12 @@ _TILED_SM_80 = {
         16: (Tiled(64, 64, 4, 2), Tiled(64, 32, 4, 2)),
         32: (Tiled(64, 64, 4, 2), Tiled(64, 32, 4, 2)),
         64: (Tiled(128, 64, 8, 2), Tiled(64, 32, 4, 2)),
-        128: (Tiled(64, 32, 4, 2), Tiled(32, 32, 8, 1)),
+        128: (Tiled(64, 32, 4, 2), Tiled(32, 32, 8, 1, 168)),
         256: (Tiled(32, 32, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("query", 2): {
         16: (Tiled(64, 64, 4, 2), Tiled(32, 32, 4, 2)),
-        32: (Tiled(64, 64, 4, 2), Tiled(32, 32, 4, 2)),
+        32: (Tiled(64, 64, 4, 2), Tiled(32, 32, 4, 2, 200)),
         64: (Tiled(128, 64, 8, 2), Tiled(32, 32, 4, 2)),
         128: (Tiled(32, 32, 8, 1), Tiled(32, 32, 8, 1)),
         256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
@@ -749,9 +753,9 @@ _TILED_SM_80 = {
     },
     ("forward", 4): {
         16: (Tiled(64, 32, 8, 1), Tiled(32, 32, 8, 1)),
-        32: (Tiled(64, 32, 8, 1), Tiled(32, 32, 8, 1)),
-        64: (Tiled(64, 32, 8, 1), Tiled(32, 32, 8, 1)),
-        128: (Tiled(32, 16, 8, 1), Tiled(32, 16, 8, 1)),
+        32: (Tiled(64, 32, 8, 1, 96), Tiled(32, 32, 8, 1, 96)),
+        64: (Tiled(64, 32, 8, 1), Tiled(32, 32, 8, 1, 128)),
+        128: (Tiled(32, 16, 8, 1), Tiled(32, 16, 8, 1, 128)),
         256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("query", 4): {
@@ -765,7 +769,7 @@ _TILED_SM_80 = {
         16: (Tiled(32, 32, 4, 1), Tiled(32, 32, 8, 1)),
         32: (Tiled(32, 32, 4, 1), Tiled(32, 32, 8, 1)),
         64: (Tiled(32, 32, 4, 1), Tiled(32, 32, 8, 1)),
-        128: (Tiled(16, 32, 8, 1), Tiled(16, 16, 8, 1)),
+        128: (Tiled(16, 32, 8, 1, 128), Tiled(16, 16, 8, 1, 128)),
         256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
 }
@@ -776,6 +780,7 @@ _TILED_SM_90 = _TILED_SM_80 | {
     ("forward", 2): _TILED_SM_80["forward", 2] | {64: (Tiled(128, 64, 8, 2),) * 2},
     ("query", 2): _TILED_SM_80["query", 2] | {64: (Tiled(128, 64, 8, 2), Tiled(64, 32, 4, 2))},
     ("key", 2): _TILED_SM_80["key", 2] | {64: (Tiled(32, 64, 4, 2), Tiled(32, 64, 8, 2))},
+    ("forward", 4): _TILED_SM_80["forward", 4] | {128: (Tiled(32, 16, 8, 1),) * 2},
 }
 _WHOLE = {"sm_80": _WHOLE_SM_80, "sm_90": _WHOLE_SM_90}
 _TILED = {"sm_80": _TILED_SM_80, "sm_90": _TILED_SM_90}
@@ -799,6 +804,7 @@ def tiled(arch: str, dtype: torch.dtype, size: int, kernel: str, *, laden: bool)
 class _Call(NamedTuple):
     """What all kernels of one call are given."""
 
+    arch: str
     batch: int
     groups: int
     heads: int
@@ -859,7 +865,8 @@ def _call(
         "BLOCK_D": _triton.padded(D),
     }
     laden = constants["LIMITED"] or key_mask is not None or P > 0 or constants["E"] > 1
-    return _Call(B, G, H, L, P, sizes, constants, laden)
+    arch = _triton.architecture(query.device)
+    return _Call(arch, B, G, H, L, P, sizes, constants, laden)
 
 
 def _steps(x: Tensor | None, unit: int) -> tuple[int, ...]:
@@ -880,7 +887,8 @@ def _reach(
     frames: int,
     patches: int,
 ) -> tuple[int, ...]:
-    """As `_near` has it. A window may be as wide as an int can tell: it is cut to what there is."""
+    """As `_near` has it. A window may be as wide as an int can tell: it is cut to what there is,
+    so that `_near` stays within 32 bits."""
     if axis == "time":
         back = frames if window is None else min(window[0], frames)
         return 1, back, 0 if causal else back, 1, 0, 0
@@ -929,7 +937,7 @@ def forward(
         shape = call.batch, call.groups, call.prefixes, call.heads, query.shape[4]
         prefix_out = query.new_empty(shape)
     tensors = *rows, key_mask, gate, out, prefix_out
-    arch, size = _triton.architecture(query.device), call.constants["BLOCK_D"]
+    arch, size = call.arch, call.constants["BLOCK_D"]
     constants = call.constants | _operands(query.dtype, arch, backward=False)
     cut = whole(arch, query.dtype, call.rows, size, backward=False)
     if cut is not None:
@@ -960,6 +968,7 @@ def _launch_whole(
         ROWS=call.rows,
         num_warps=cut.warps,
         num_stages=1,
+        **_triton.registers(call.arch, cut.registers),
     )
 
 
@@ -982,6 +991,7 @@ def _launch_tiled(
         BLOCK_K=cut.keys,
         num_warps=cut.warps,
         num_stages=cut.stages,
+        **_triton.registers(call.arch, cut.registers),
     )
 
 
@@ -1016,7 +1026,7 @@ def backward(
     call = _call(
         query, key, value, axis, window, grid, causal, key_mask, prefixes, five, scale, unit
     )
-    arch, size = _triton.architecture(query.device), call.constants["BLOCK_D"]
+    arch, size = call.arch, call.constants["BLOCK_D"]
     constants = call.constants | _operands(query.dtype, arch, backward=True)
     cut = whole(arch, query.dtype, call.rows, size, backward=True)
     sizes = *_steps(grad_out, unit), *_steps(grad_prefix_out, unit), *call.sizes
