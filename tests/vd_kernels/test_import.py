@@ -67,7 +67,7 @@ backends._CPU_KERNELS = pathlib.Path("no such library")
 found = explain()
 print([backend.name for backend in found.backends if backend.available], found.compiled)
 """
-    assert run(code).strip() == "['reference'] {}"
+    assert run(code).strip() == "['reference', 'sdpa'] {}"
 
 
 def test_the_environment_chooses_the_backend() -> None:
