@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from videodistill.model.config import VideoDistillConfig
+from videodistill.model.refiner import grains_width
 
 
 class AnswerHead(nn.Module):
@@ -18,7 +19,7 @@ class AnswerHead(nn.Module):
 
     def __init__(self, config: VideoDistillConfig):
         super().__init__()
-        grains = 3 * config.refiner_blocks * config.width
+        grains = grains_width(config)
         self.adapt = nn.Sequential(
             nn.LayerNorm(grains),
             nn.Linear(grains, config.width),
@@ -38,7 +39,7 @@ class AnswerHead(nn.Module):
         Args:
             e: [B,K,C_a], unit embeddings of the chosen frames.
             slot_mask: bool [B,K], True where a slot holds a frame.
-            grains: [B, refiner_blocks · 3 · C], from the refiner.
+            grains: [B, grains_width], from the refiner.
         """
         real = slot_mask.sum(1, keepdim=True).clamp_min(1)
         seen = (e * slot_mask[:, :, None]).sum(1) / real

@@ -81,11 +81,11 @@ class LanguageCrossAttention(nn.Module):
 
 
 class FrameGate(nn.Module):
-    """How much each chosen frame counts: gates in (0, 1) from the scores it was chosen by.
+    """How much each chosen frame counts: gates in (0, 1) from the scores they were chosen by.
 
     K frames are chosen whether or not the question needs so many; what only fills up has scores
-    near the video's mean and is kept out of what the refiner pools. A hook on this module sees, and
-    can pin, everything that the question says here.
+    near the video's mean, or far behind the best frame's, and is kept out of what the refiner
+    pools. A hook on this module sees, and can pin, everything that the question says here.
 
     Args:
         heads: H.
@@ -93,14 +93,18 @@ class FrameGate(nn.Module):
 
     def __init__(self, heads: int):
         super().__init__()
-        # Scores have variance 1 over a video: frames at the mean start at 0.12, at two deviations
-        # above it at 0.88.
+        # Scores have variance 1 over a video: frames at the mean start at 0.12 or less, a best one
+        # at two deviations above it at 0.88.
         self.slope = nn.Parameter(torch.full((heads,), 2.0))
         self.bias = nn.Parameter(torch.full((heads,), -2.0))
+        # From heads that take every high score, as counting needs, to heads that take the best.
+        self.behind = nn.Parameter(torch.linspace(0.0, 6.0, heads))
 
     def forward(self, scores: Tensor) -> Tensor:
         """Gates [B,K,H] of scores [B,K]."""
-        return torch.sigmoid(scores[..., None] * self.slope + self.bias)
+        scores = scores[..., None]
+        behind = scores - scores.amax(1, keepdim=True)
+        return torch.sigmoid(scores * self.slope + behind * self.behind + self.bias)
 
 
 def feed_forward(width: int, ratio: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,12 +18,20 @@ from videodistill.model.layers import (
     feed_forward,
 )
 
+_WAVES = 4
+"""Cosines along each side of a frame that tell a place: half a wave to two over the side."""
+
+
+def grains_width(config: VideoDistillConfig) -> int:
+    """Width of all grains together."""
+    return config.refiner_blocks * (3 * config.width + 2 * _WAVES * config.heads)
+
 
 class Refined(NamedTuple):
     """What the refiner hands on."""
 
     grains: Tensor
-    """[B, refiner_blocks · 3 · C]: patches, frames and clip, pooled after each block."""
+    """[B, grains_width]: patches, frames, clip and places, pooled after each block."""
     patch_gates: Tensor
     """[B,K,S]: the last block's pooling gates, averaged over heads; for pictures."""
 
@@ -118,6 +127,7 @@ class VisionRefiner(nn.Module):
         self.frame_gates = nn.ModuleList(
             FrameGate(config.heads) for _ in range(config.refiner_blocks)
         )
+        self.register_buffer("places", self._places(), persistent=False)
         self.heads = config.heads
         self.embed_scale = config.embed_dim**0.5
 
@@ -162,6 +172,16 @@ class VisionRefiner(nn.Module):
         squares = patches.unflatten(2, (rows // m, m, columns // m, m)).transpose(3, 4)
         return squares.flatten(4, 6).flatten(2, 3)
 
+    def _places(self) -> Tensor:
+        """Where each token of a frame is, [S/m², 2 · _WAVES]: cosines of its row and column."""
+        sides = []
+        for count in (side // self.merge for side in self.grid):
+            at = (torch.arange(count) + 0.5) / count
+            sides.append(torch.cos(math.pi * at[:, None] * torch.arange(1, _WAVES + 1)))
+        rows, columns = sides
+        down = rows.repeat_interleave(len(columns), dim=0)
+        return torch.cat([down, columns.repeat(len(rows), 1)], dim=-1)
+
     def _spread(self, gates: Tensor) -> Tensor:
         """Gates [B,K,S/m²] of merged patches, to each of them: [B,K,S]."""
         if self.merge == 1:
@@ -171,18 +191,26 @@ class VisionRefiner(nn.Module):
         return grid.repeat_interleave(m, 2).repeat_interleave(m, 3).flatten(2)
 
     def _pool(self, x: Tensor, gates: Tensor, slot_mask: Tensor | None) -> list[Tensor]:
-        """Three grains [B,C] of tokens [B,K,1+S,C], each weighted by its gates.
+        """Four grains of tokens [B,K,1+S,C], each weighted by its gates: three [B,C], one [B,H·P].
 
         Patches: their gated mean, with the gates as weights that sum to one. Frames and clip:
         sums of gated frame tokens and patches over their number, which shrink with the gates and
-        so keep how much there was to see.
+        so keep how much there was to see. Places: the gated mean of where patches are, apart from
+        what they show.
         """
         gated = gates * x.unflatten(-1, (self.heads, -1))
         frames, patches = gated[:, :, 0], gated[:, :, 1:]
         real: float | Tensor = x.shape[1]
         if slot_mask is not None:
             real = slot_mask.sum(1).clamp_min(1)[:, None, None].to(x.dtype)
-        weight = gates[:, :, 1:].sum(dim=(1, 2)) + 1e-6
+        weights = gates[:, :, 1:].sum(1)
+        weight = weights.sum(1) + 1e-6
         total = patches.sum(dim=(1, 2))
-        grains = [total / weight, frames.sum(1) / real, total / (real * patches.shape[2])]
+        by_place = weights.mean(-1).transpose(1, 2) @ self.places.to(weights.dtype)
+        grains = [
+            total / weight,
+            frames.sum(1) / real,
+            total / (real * patches.shape[2]),
+            by_place / weight.mean(-1, keepdim=True),
+        ]
         return [grain.flatten(1) for grain in grains]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -35,6 +37,24 @@ def pooled_in_loops(x: torch.Tensor, gates: torch.Tensor, real: list[int]) -> to
     return grains
 
 
+def places_in_loops(gates: torch.Tensor) -> torch.Tensor:
+    """For each head the gated mean of cosines of row and column, here of 2 × 2 patches."""
+    places = torch.zeros(B, H, 2, 4, dtype=torch.float64)
+    for b in range(B):
+        for head in range(H):
+            weights = 0.0
+            for k in range(K):
+                for patch in range(S):
+                    gate = float(gates[b, k, 1 + patch, head].mean())
+                    weights += gate
+                    for side, at in enumerate(divmod(patch, 2)):
+                        for wave in range(4):
+                            place = math.cos(math.pi * (wave + 1) * (at + 0.5) / 2)
+                            places[b, head, side, wave] += gate * place
+            places[b, head] /= weights
+    return places.flatten(1)
+
+
 @pytest.mark.parametrize("gate", ["scalar", "channel"])
 @pytest.mark.parametrize("real", [[3, 3], [3, 1]])
 def test_pooling(gate: str, real: list[int]) -> None:
@@ -49,5 +69,7 @@ def test_pooling(gate: str, real: list[int]) -> None:
     gates = gates * slot_mask[:, :, None, None, None]
     grains = refiner._pool(x, gates, None if real == [K, K] else slot_mask)
     expected = pooled_in_loops(x, gates, real)
+    *grains, places = grains
     assert [grain.shape for grain in grains] == [(B, C)] * 3
     torch.testing.assert_close(torch.stack(grains).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(places.double(), places_in_loops(gates), rtol=1e-4, atol=1e-5)
