@@ -1,4 +1,4 @@
-"""The pooling against its definition in loops."""
+"""The pooling against its definition in loops; gates of frames."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from videodistill.model import VideoDistillConfig
+from videodistill.model.layers import FrameGate
 from videodistill.model.refiner import VisionRefiner
 
 B, K, S, H, D = 2, 3, 4, 2, 4
@@ -73,3 +74,12 @@ def test_pooling(gate: str, real: list[int]) -> None:
     assert [grain.shape for grain in grains] == [(B, C)] * 3
     torch.testing.assert_close(torch.stack(grains).double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(places.double(), places_in_loops(gates), rtol=1e-4, atol=1e-5)
+
+
+def test_frames_behind_the_best_count_less() -> None:
+    """In the last head; in the first one a frame's own score decides."""
+    gate = FrameGate(H)
+    alone, beside = gate(torch.tensor([[1.5, 1.5], [1.5, 4.0]]))[:, 0].tolist()
+    assert alone == pytest.approx([1 / (1 + math.exp(-1))] * H)
+    assert beside[0] == alone[0]
+    assert beside[-1] < 1e-5
