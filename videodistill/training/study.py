@@ -194,7 +194,7 @@ class StudyRecipe:
     )
     head: HeadRecipe = field(
         default_factory=lambda: HeadRecipe(
-            thinking_steps=600, observing=((1500, 1), (130, 3)), steps=370
+            thinking_steps=1200, observing=((1000, 1), (130, 3)), steps=270
         )
     )
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
