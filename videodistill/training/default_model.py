@@ -69,7 +69,7 @@ class DefaultRecipe:
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     head: HeadRecipe = field(
         default_factory=lambda: HeadRecipe(
-            thinking_steps=2000, observing=((3500, 1), (200, 3)), steps=500, learning_rate=2e-3
+            thinking_steps=2000, observing=((5000, 1), (200, 3)), steps=500, learning_rate=2e-3
         )
     )
     model: dict[str, Any] = field(
