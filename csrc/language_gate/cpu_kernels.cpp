@@ -184,6 +184,10 @@ void gate_of(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, cons
     for (int64_t i = 0; kPaired<T> && i < rows * padded; i += kLanes) {
       store(room.rows + i, load(room.rows + i) * g.scale);  // keys are as they were given
     }
+    // What fills up whole vectors of tokens goes through the softmax, too: let it be zeros.
+    for (int64_t i = rows * padded; i < round_up(rows, kLanes) * padded; i += kLanes) {
+      store(room.rows + i, F{});
+    }
     transpose(rows, n, room.rows, padded, room.scores, kBlock);
   }
   if (g.per_channel) {

@@ -95,8 +95,14 @@ VD_INLINE Rows rows_of_keys(const Sequence& s, const Prefix& prefix, const Video
   return {room, units_of<T>(width)};
 }
 
-// Of the queries from `first` on what `x` holds of tokens and `prefix` of prefixes. There is something
-// to read up to a whole number of vectors of rows.
+// Zeros from row `rows` on, up to a whole number of vectors of rows: they are multiplied, too, and what
+// an earlier call left there may be denormal numbers, which take some processors long.
+VD_INLINE void clear_rest(float* room, int64_t rows, int64_t step) {
+  for (int64_t i = rows * step; i < round_up(rows, kLanes) * step; i += kLanes) store(room + i, F{});
+}
+
+// Of the queries from `first` on what `x` holds of tokens and `prefix` of prefixes, and zeros up to a
+// whole number of vectors of rows.
 template <typename T>
 VD_INLINE Rows rows_of(const Sequence& s, const Video& x, const Prefix& prefix,
                        const Queries& queries, int64_t first, int64_t rows, int64_t width,
@@ -111,6 +117,7 @@ VD_INLINE Rows rows_of(const Sequence& s, const Video& x, const Prefix& prefix,
   for (int64_t i = larger(0, tokens); i < rows; ++i) {
     load_units(s.at<T>(prefix, first + i - queries.tokens), s.a.width, width, room + i * step);
   }
+  clear_rest(room, rows, step);
   return {room, step};
 }
 
@@ -343,6 +350,7 @@ Rows grad_rows(const Sequence& s, const GradientRoom<T>& room, const Queries& qu
       store_row(grad, room.width, 1.0f, reinterpret_cast<T*>(units));
     }
   }
+  clear_rest(room.grad_units, rows, room.units);
   return {room.grad_units, room.units};
 }
 
