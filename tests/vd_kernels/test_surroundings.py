@@ -1,5 +1,5 @@
-"""What lies beside the tokens in memory is never part of a result: kernels that read whole vectors or
-tiles must leave out what they have read too much."""
+"""What lies beside the tokens in memory is never part of a result: kernels that read whole vectors
+or tiles must leave out what they have read too much."""
 
 from __future__ import annotations
 
