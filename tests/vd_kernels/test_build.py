@@ -115,6 +115,25 @@ def test_the_installed_libraries_were_compiled_without_a_warning() -> None:
     assert json.loads(record.read_text(encoding="utf-8"))["warnings"] == []
 
 
+def test_the_check_of_portable_kernels_runs(tmp_path: Path) -> None:
+    """What `.ci/cross` lets two compilers run: it must give the kernels all that they write to."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler; set CXX to one")
+    sources = [
+        ROOT / "tests" / "vd_kernels" / "portable.cpp",
+        *(
+            ROOT / "csrc" / name / "cpu_kernels.cpp"
+            for name in ("topk_sampling", "spacetime_attention")
+        ),
+    ]
+    flags = ["-std=c++17", "-O0", "-DVD_ISA=scalar", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+    program = tmp_path / "portable"
+    subprocess.run([compiler, *flags, *sources, "-o", program], check=True, capture_output=True)
+    told = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    assert "attention: bfloat16" in told and "gumbel: gradient" in told
+
+
 def test_a_build_in_place_leaves_its_record_there(tmp_path: Path) -> None:
     done = build(tmp_path, inplace=True, VD_BUILD_CPP="0")
     assert done.returncode == 0, done.output
