@@ -106,22 +106,10 @@ def spacetime_attention(
     return out if prefix_query is None else (out, prefix_out)
 
 
-def _plan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    gate: Tensor | None,
-    prefix_query: Tensor | None,
-    prefix_key: Tensor | None,
-    prefix_value: Tensor | None,
-    axis: str,
-    window: object,
-    *others: Any,
-) -> Callable:
-    """What runs, of checked arguments."""
-    prefixes = prefix_query, prefix_key, prefix_value
-    _check(query, key, value, key_mask, gate, *prefixes, axis, window, *others)
+def _plan(*arguments: Any) -> Callable:
+    """What runs, of the arguments that `_check` takes."""
+    _check(*arguments)
+    query, _, _, key_mask, _, _, prefix_key, _, axis, window, *_ = arguments
     return op.choose(op.FORWARD, query, axis, window, key_mask, prefix_key)
 
 
