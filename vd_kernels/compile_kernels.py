@@ -392,6 +392,9 @@ def rewritten(document: str, table: str) -> str:
 
 def main(arguments: list[str]) -> int:
     everything = arguments[:1] == ["all"]
+    if arguments and not everything and not Path(arguments[0]).is_file():
+        print(f'{arguments[0]} is no page to write the table into, nor "all"', file=sys.stderr)
+        return 2
     failed = []
 
     def noted() -> Iterator[Usage]:

@@ -916,3 +916,10 @@ def test_more_than_2_to_the_31_elements(frames: int) -> None:
         out = spacetime_attention(many, many, many, axis="time")
         alone = spacetime_attention(x, x, x, axis="time")
     assert torch.equal(out[:, :, -1:], alone) and torch.equal(out[:, :, :1], alone)
+
+
+def test_a_page_that_is_not_there_is_told_of_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compile_kernels.main(["nowhere.md"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        'nowhere.md is no page to write the table into, nor "all"'
+    ]
