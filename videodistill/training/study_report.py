@@ -237,7 +237,7 @@ def _arms_table(found: _ByArm, arms: Mapping[str, Arm]) -> str:
             row += [_NOT_RUN] * 5
         rows.append(row)
     heads = ["arm", "what it is", "parameters", "learning rate (val of each tried)", "val"]
-    return _table([*heads, "training, minutes", "seeds"], rows, texts=2)
+    return _table([*heads, "training, CPU minutes", "seeds"], rows, texts=2)
 
 
 def _rows(found: _ByArm, arms: Mapping[str, Arm], columns: Iterable[_Value]) -> list[list[str]]:
@@ -276,7 +276,7 @@ def _blind_line(blindly: _Record) -> str:
 
 
 def _cost(records: Sequence[_Record]) -> str:
-    """Minutes of one core, as they were measured with another process beside."""
+    """Minutes of one core that each stage took; a process that waits or is stopped uses none."""
     stages = ("tuning", "training", "testing")
     # An arm is tuned once, however many seeds are trained with what was found.
     tuned = {record["arm"]: record["seconds"]["tuning"] for record in records}
@@ -284,7 +284,7 @@ def _cost(records: Sequence[_Record]) -> str:
     spent["tuning"] = sum(tuned.values())
     total = sum(spent.values())
     return (
-        "Minutes of one core, other work beside it: "
+        "CPU minutes: "
         + ", ".join(f"{stage} {seconds / 60:.0f}" for stage, seconds in spent.items())
         + f"; {total / 3600:.1f} core-hours in all, videos and features not counted."
     )
