@@ -19,7 +19,7 @@ _REPORT = "`python -m benchmarks report`"
 def write(paths: Sequence[Path] | None = None, root: Path = ROOT) -> list[Path]:
     """Write README's section, docs/performance.md and the plots; returns the files written.
 
-    paths: Of results; None takes the committed ones, the newest of each device.
+    paths: Of results; None takes the committed ones, of each device the newest of each case.
     """
     results = load(paths)
     readme, page = root / "README.md", root / "docs" / "performance.md"
@@ -29,7 +29,7 @@ def write(paths: Sequence[Path] | None = None, root: Path = ROOT) -> list[Path]:
 
 
 def load(paths: Sequence[Path] | None = None) -> list[Results]:
-    return [Results.load(path) for path in (committed() if paths is None else paths)]
+    return committed() if paths is None else [Results.load(path) for path in paths]
 
 
 def within(readme: str, results: Sequence[Results]) -> str:
@@ -57,7 +57,8 @@ def summary(results: Sequence[Results]) -> str:
         if not found:
             parts.append(f"{name}: not yet measured.")
         for result in found:
-            parts += [f"{name}: {_where(result)}", _goal_table(result)]
+            if table := _goal_table(result):
+                parts += [f"{name}: {_where(result)}", table]
     return "\n\n".join(parts)
 
 
@@ -74,7 +75,8 @@ def performance(results: Sequence[Results]) -> str:
             parts += [f"## {name}", "Not yet measured."]
         for result in found:
             parts += [f"## {name}: {result.environment.device}", _where(result)]
-            parts += ["### Goals", _goal_table(result)]
+            if table := _goal_table(result):
+                parts += ["### Goals", table]
             if result.calls:
                 parts += ["### Calls", *_call_parts(result)]
             for operator, cases in _by_operator(result).items():
@@ -101,6 +103,7 @@ def _where(result: Results) -> str:
 
 
 def _goal_table(result: Results) -> str:
+    """Empty where no case with a goal was measured."""
     rows = []
     for name, wanted in goals(result.environment.kind).items():
         case = result.cases.get(name)
@@ -122,7 +125,7 @@ def _goal_table(result: Results) -> str:
                 ]
             )
     if not rows:
-        return "No case with a goal was measured."
+        return ""
     return _table(["case", "best other, ms", "ours, ms", "÷ floor", "goal", "reached"], rows)
 
 

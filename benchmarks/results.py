@@ -10,7 +10,8 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ class Results:
     """All cases measured in one environment."""
 
     environment: Environment
-    date: str = field(default_factory=lambda: f"{datetime.datetime.now(datetime.timezone.utc):%F}")
+    date: str = field(
+        default_factory=lambda: f"{datetime.datetime.now(datetime.timezone.utc):%F %H:%M}"
+    )
+    """UTC, when it was begun."""
     matmul_rates: dict[str, float] = field(default_factory=dict)
     """By dtype, operations a second of a large square product."""
     cases: dict[str, CaseResult] = field(default_factory=dict)
@@ -158,13 +162,26 @@ def _maybe(kind: type, content: dict[str, Any] | None) -> Any:
     return None if content is None else kind(**content)
 
 
-def committed(folder: Path = FOLDER) -> list[Path]:
-    """The newest result of each device."""
-    newest = {}
+def committed(folder: Path = FOLDER) -> list[Results]:
+    """Of each device the newest result, then older ones with what newer ones did not measure."""
+    by_device: dict[Path, list[Results]] = defaultdict(list)
     for path in sorted(folder.glob("*/*.json")):
-        date = Results.load(path).date
-        newest[path.parent] = max(newest.get(path.parent, ("", path)), (date, path))
-    return [path for _, path in newest.values()]
+        by_device[path.parent].append(Results.load(path))
+    kept = []
+    for results in by_device.values():
+        seen: set[str] = set()
+        for result in sorted(results, key=lambda r: r.date, reverse=True):
+            cases = {c.id: c for c in result.cases.values() if _source(c) not in seen}
+            calls = {} if "calls" in seen else result.calls
+            if cases or calls:
+                kept.append(replace(result, cases=cases, calls=calls))
+            seen |= {_source(case) for case in cases.values()} | ({"calls"} if calls else set())
+    return kept
+
+
+def _source(case: CaseResult) -> str:
+    """What one result has all of or none: a case, or a whole curve."""
+    return f"{case.operator}/{case.variant}/{case.curve}" if case.curve else case.id
 
 
 def default_path(environment: Environment) -> Path:

@@ -15,7 +15,7 @@ from benchmarks.cases import Case
 from benchmarks.goals import Goal, goals
 from benchmarks.language_gate import LanguageGate
 from benchmarks.memory import Memory
-from benchmarks.results import ROOT, CaseResult, Entry, Environment, Results, committed
+from benchmarks.results import FOLDER, ROOT, CaseResult, Entry, Environment, Results, committed
 from benchmarks.timing import Budget, CpuClock, Quiet, Spread, interleaved
 
 ENVIRONMENT = Environment(
@@ -80,7 +80,7 @@ def results() -> Results:
 def test_results_survive_a_file(results: Results, tmp_path: Path) -> None:
     results.save(tmp_path / "made-up" / "result.json")
     assert Results.load(tmp_path / "made-up" / "result.json") == results
-    assert committed(tmp_path) == [tmp_path / "made-up" / "result.json"]
+    assert committed(tmp_path) == [results]
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
@@ -89,10 +89,21 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         Results.load(tmp_path / "result.json")
 
 
-def test_the_newest_result_of_a_device_is_taken(results: Results, tmp_path: Path) -> None:
+def test_of_a_device_the_newest_of_each_case_is_taken(results: Results, tmp_path: Path) -> None:
     results.save(tmp_path / "device" / "b.json")
-    replace(results, date="2001-01-01").save(tmp_path / "device" / "a.json")
-    assert committed(tmp_path) == [tmp_path / "device" / "a.json"]
+    again = replace(results, date="2001-01-01 10:00", calls={})
+    again.cases = {name: made_up(name, 5.0) for name in list(results.cases)[:1]}
+    point = "spacetime_attention/time/forward/float32/B1-T4-S2-H1-D8/T"
+    again.cases[point] = made_up(point, 5.0)
+    again.save(tmp_path / "device" / "a.json")
+    replace(again, date="2001-01-01 09:00").save(tmp_path / "device" / "c.json")
+    newest, older = committed(tmp_path)
+    assert newest == again
+    assert older.calls == results.calls
+    # A curve is of one result: its points are compared with each other.
+    assert set(older.cases) == {
+        name for name in results.cases if name not in again.cases and "/T" not in name[-3:]
+    }
 
 
 def test_a_floor_is_the_larger_of_bytes_and_operations(results: Results) -> None:
@@ -266,7 +277,7 @@ def test_bad_input_ends_in_one_line(
 
 def test_results_lie_in_a_folder_of_their_processor() -> None:
     """One name stands for processors with and without wide vectors: they share no folder."""
-    for path in committed():
+    for path in FOLDER.glob("*/*.json"):
         environment = Results.load(path).environment
         assert path.parent.name == environment.slug
         if environment.kind == "cpu":
