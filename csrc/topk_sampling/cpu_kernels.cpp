@@ -8,6 +8,16 @@
 #include "topk_sampling/noise.h"
 
 namespace vd {
+
+#ifdef __AMX_BF16__
+
+// No product of matrices is formed here, which is all that tiles are for.
+namespace amx {
+const topk_sampling::Kernels topk_sampling_kernels = avx512_bf16::topk_sampling_kernels;
+}  // namespace amx
+
+#else
+
 namespace VD_ISA {
 namespace {
 
@@ -481,4 +491,7 @@ const topk_sampling::Kernels topk_sampling_kernels = {
 };
 
 }  // namespace VD_ISA
+
+#endif  // __AMX_BF16__
+
 }  // namespace vd
