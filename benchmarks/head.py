@@ -1,4 +1,4 @@
-"""The whole model in the reference configuration: sampler, refiner and answering.
+"""The whole model, sampler, refiner and answering: in the reference configuration, and as bundled.
 
 Inference and the training step: forward, cross-entropy over five choices, backward. The
 optimiser's update is the same for all and left out. bfloat16 is autocast on float32 weights.
@@ -23,6 +23,7 @@ import vd_kernels
 from benchmarks import spacetime_attention, topk_sampling
 from benchmarks.cases import Case, Contestant, Floor, Inputs, Task, normal, ours, spread_over
 from vd_kernels import TopKSample
+from vd_kernels.topk_sampling.noise import gumbel_noise
 from videodistill.engine.graphs import GraphRunner
 from videodistill.model import VideoDistill, VideoDistillConfig
 
@@ -57,9 +58,19 @@ def eager_attention(
 
 
 def eager_sample(
-    scores: Tensor, k: int, *, method: str = "", num_samples: int = 1, **_: Any
+    scores: Tensor,
+    k: int,
+    *,
+    method: str = "",
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    **_: Any,
 ) -> TopKSample:
-    """The hard choice, or for "perturbed" the mean of choices under noise."""
+    """The hard choice, one under Gumbel noise ("gumbel"), or the mean of many ("perturbed")."""
+    if method == "gumbel":
+        weights, indices = _eager_gumbel(scores, k, temperature, seed)
+        return TopKSample(weights, indices, torch.ones_like(indices, dtype=torch.bool))
     indices = scores.topk(k).indices.sort(-1).values
     if method == "hard":
         weights = F.one_hot(indices, scores.shape[-1]).to(scores.dtype)
@@ -67,6 +78,25 @@ def eager_sample(
         draw = topk_sampling.drawing(topk_sampling.WithoutOneHots)
         (weights,) = draw(scores, None, None, k, num_samples)
     return TopKSample(weights, indices, torch.ones_like(indices, dtype=torch.bool))
+
+
+def _eager_gumbel(
+    scores: Tensor, k: int, temperature: float, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    """The k best of noisy scores, straight through to the softmax that each pick is drawn from."""
+    if seed is None:
+        noise = -torch.empty_like(scores).exponential_().log()
+    else:  # checked: the operator's own, on which gradients depend
+        given = torch.tensor([seed], device=scores.device)
+        noise = gumbel_noise(len(scores), 1, scores.shape[-1], given, 0, scores.device)[:, 0]
+    keys = scores + noise.to(scores.dtype)
+    ranked = keys.topk(k).indices
+    hard = F.one_hot(ranked, scores.shape[-1]).to(scores.dtype)
+    gone = (hard.cumsum(1) - hard).bool()
+    soft = (keys.unsqueeze(1) / temperature).masked_fill(gone, -torch.inf).softmax(-1)
+    indices, order = ranked.sort(-1)
+    weights = (hard + soft - soft.detach()).gather(1, order.unsqueeze(-1).expand_as(hard))
+    return weights, indices
 
 
 def eager_gather(values: Tensor, sample: TopKSample) -> Tensor:
@@ -94,22 +124,25 @@ def eager_operators() -> Iterator[None]:
 
 
 class Head(Task):
-    """Logits of the choices, or in training their cross-entropy; B questions, each with a video."""
+    """Logits of choices, in training their cross-entropy, of B questions about V videos, or B."""
 
     operator, variant = "head", "reference"
+    settings: ClassVar[dict[str, Any]] = {}
+    """Of the model, besides its sizes."""
     differentiable = ("model",)
     slack = 8.0
     split = True
     small: ClassVar = {"B": 2, "N": 6, "K": 2, "S": 4, "M": 3, "C": 16, "H": 2}
 
     def inputs(self, case: Case, seed: int, *, checking: bool) -> Inputs:
-        model = _model(case, seed)
+        model = _model(case, seed, self.settings)
         b, n, k, s, m = (case.sizes[name] for name in "BNKSM")
+        videos = case.sizes.get("V", b)
         config = model.config
         single = replace(case, dtype=torch.float32)
         shapes = {
-            "frame_embed": (b, n, config.embed_dim),
-            "patches": (b, n, s, config.patch_dim),
+            "frame_embed": (videos, n, config.embed_dim),
+            "patches": (videos, n, s, config.patch_dim),
             "text_embed": (b, config.embed_dim),
             "tokens": (b, m, config.token_dim),
             "choice_embed": (b, CHOICES, config.embed_dim),
@@ -166,9 +199,19 @@ class Head(Task):
                 torch.autograd.grad(out, list(model.parameters()))
         passes = {"forward": 1, "backward": 2, "both": 3}[case.mode]
         weights = passes * sum(x.numel() for x in model.parameters())
-        chosen = patches.numel() // case.sizes["N"] * case.sizes["K"]
+        # At most: questions about one video may choose the same frames.
+        shown = min(case.sizes["N"], case.sizes["B"] // len(patches) * case.sizes["K"])
+        chosen = patches.numel() // case.sizes["N"] * shown
         features = inputs["frame_embed"].numel() + chosen
         return Floor(bytes=4 * (weights + features), operations=counter.get_total_flops())
+
+
+class BundledHead(Head):
+    """The bundled model's sizes and a batch of its training: 8 questions about each video."""
+
+    variant = "bundled"
+    settings: ClassVar = {"merge": 2, "sampling": "gumbel", "sigma": 0.25}
+    small: ClassVar = {"V": 2, "B": 4, "N": 6, "K": 2, "S": 16, "M": 3, "C": 16, "H": 2}
 
 
 def step(
@@ -212,21 +255,22 @@ def replayed(
         return (model.choice_logits(found.answer_embed, choice_embed),)
 
 
-def _model(case: Case, seed: int) -> VideoDistill:
+def _model(case: Case, seed: int, settings: dict[str, Any]) -> VideoDistill:
     """With random weights, also where training starts at zero and no gradient would pass."""
     sizes, usual = case.sizes, VideoDistillConfig()
     width, side = sizes["C"], round(sizes["S"] ** 0.5)
-    config = VideoDistillConfig(
-        embed_dim=min(width, usual.embed_dim),
-        patch_dim=width,
-        token_dim=min(width, usual.token_dim),
-        patch_grid=(side, side),
-        width=width,
-        heads=sizes["H"],
-        frames=sizes["N"],
-        pick=sizes["K"],
-        sigma=topk_sampling.SIGMA,
-    )
+    given = {
+        "embed_dim": min(width, usual.embed_dim),
+        "patch_dim": width,
+        "token_dim": min(width, usual.token_dim),
+        "patch_grid": (side, side),
+        "width": width,
+        "heads": sizes["H"],
+        "frames": sizes["N"],
+        "pick": sizes["K"],
+        "sigma": topk_sampling.SIGMA,
+    }
+    config = VideoDistillConfig(**(given | settings))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VideoDistill(config)
@@ -245,3 +289,8 @@ def cases(device: str) -> Iterator[Case]:
             yield from spread_over(
                 Head(), {**sizes, "B": batch}, device, modes=(mode,), dtypes=("float32", "bfloat16")
             )
+    if device == "cpu":
+        sizes = {"V": 10, "B": 80, "N": 64, "K": 4, "S": 36, "M": 18, "C": 128, "H": 8}
+        yield from spread_over(
+            BundledHead(), sizes, device, modes=("both",), dtypes=("float32", "bfloat16")
+        )
