@@ -155,6 +155,10 @@ def _case_parts(result: Results, case: CaseResult) -> Iterator[str]:
             row += [_ms(entry.products), _ms(entry.rest), f"{spread.median / entry.products:.2f}"]
         rows.append(row)
     yield _table(heads, rows)
+    mine = best(case, ours=True)
+    if mine and mine.others:
+        parts = (f"`{name}` {_ms(time)}" for name, time in mine.others.items())
+        yield f"Outside of products, most of {mine.name}'s ms: {', '.join(parts)}."
     left_out = [f"- {entry.name}: {entry.note}" for entry in case.entries if entry.spread is None]
     if left_out:
         yield "\n".join(left_out)

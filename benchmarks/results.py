@@ -40,6 +40,8 @@ class Entry:
     memory: Memory | None = None
     products: float | None = None
     """Seconds in the matrix products of linear layers; only of the whole head."""
+    others: dict[str, float] = field(default_factory=dict)
+    """Seconds in the operations that take most besides."""
 
     @property
     def rest(self) -> float | None:

@@ -21,6 +21,7 @@ from benchmarks.timing import Budget, Clock, Quiet, interleaved
 
 _COPY = "copy"
 _MOST_SETS = 64
+_PARTS = 12  # of a call, that are kept
 _CPU_PRODUCTS = re.compile(r"^(aten::(mm|addmm|linear)|mkldnn::_?linear\w*|mkl::_mkl_linear)$")
 _CUDA_PRODUCTS = re.compile(r"gemm|nvjet|cutlass|triton_tem|triton_mm")
 _CUDA_ATTENTION = re.compile(r"flash|fmha|attention")
@@ -66,11 +67,13 @@ def measure(
         # What was right before the clock ran must be right after it.
         fault = check.fault(contestants[name], call)
         split = case.task.split and not fault
+        products, others = _parts(call, sets[0], spreads[name].median) if split else (None, {})
         entries[name] = replace(
             entries[name],
             note=f"wrong after timing: {fault}" if fault else "",
             spread=None if fault else spreads[name],
-            products=_products(call, sets[0], spreads[name].median) if split else None,
+            products=products,
+            others=others,
         )
     if case.device == "cuda":
         torch.cuda.empty_cache()
@@ -119,37 +122,44 @@ def _size(inputs: Inputs) -> int:
     return sum(x.nbytes for x in inputs.values() if isinstance(x, torch.Tensor))
 
 
-def _products(call: Call, given: Given, seconds: float) -> float:
-    """Of a call's seconds, those in the matrix products of linear layers.
+def _parts(call: Call, given: Given, seconds: float) -> tuple[float, dict[str, float]]:
+    """Of a call's seconds, those in the matrix products of linear layers, and the largest others.
 
-    On a CPU their share of a profiled call, as other work slows all parts alike; on a GPU the time
+    On a CPU their shares of a profiled call, as other work slows all parts alike; on a GPU the time
     of the kernels themselves.
     """
     if call.case.device == "cuda":
-        return call(given, _products_on_cuda)
-    return seconds * call(given, _share_on_cpu)
+        times, is_product = call(given, _times_on_cuda), _is_product_on_cuda
+    else:
+        shares = call(given, _shares_on_cpu)
+        times = {name: share * seconds for name, share in shares.items()}
+        is_product = _CPU_PRODUCTS.search
+    products = sum(time for name, time in times.items() if is_product(name))
+    others = {name: time for name, time in times.items() if not is_product(name)}
+    largest = sorted(others, key=others.__getitem__, reverse=True)[:_PARTS]
+    return products, {name: others[name] for name in largest}
 
 
-def _share_on_cpu(work: Work) -> float:
+def _is_product_on_cuda(name: str) -> bool:
+    return bool(_CUDA_PRODUCTS.search(name)) and not _CUDA_ATTENTION.search(name)
+
+
+def _shares_on_cpu(work: Work) -> dict[str, float]:
+    """By operation, the share of the whole that its own work takes."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         work()
         whole = time.perf_counter() - start
-    events = profiler.key_averages()
-    return sum(e.self_cpu_time_total for e in events if _CPU_PRODUCTS.search(e.key)) / 1e6 / whole
+    return {e.key: e.self_cpu_time_total / 1e6 / whole for e in profiler.key_averages()}
 
 
-def _products_on_cuda(work: Work) -> float:
+def _times_on_cuda(work: Work) -> dict[str, float]:
+    """Seconds by kernel."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    return (
-        sum(
-            event.self_device_time_total
-            for event in profiler.key_averages()
-            if event.device_type == DeviceType.CUDA
-            and _CUDA_PRODUCTS.search(event.key)
-            and not _CUDA_ATTENTION.search(event.key)
-        )
-        / 1e6
-    )
+    return {
+        event.key: event.self_device_time_total / 1e6
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA
+    }

@@ -13,6 +13,7 @@ from benchmarks import report, runner
 from benchmarks.__main__ import _parser, main, selected
 from benchmarks.cases import Case
 from benchmarks.goals import Goal, goals
+from benchmarks.head import cases
 from benchmarks.language_gate import LanguageGate
 from benchmarks.memory import Memory
 from benchmarks.results import FOLDER, ROOT, CaseResult, Entry, Environment, Results, committed
@@ -41,7 +42,14 @@ def made_up(name: str, ours: float, **changes) -> CaseResult:
     known = {size[0]: int(size[1:]) for size in sizes.split("-")}
     memory = Memory(peak=3_000_000, results=1_000_000)
     entries = [
-        Entry("cpp", True, spread=spread(ours), memory=Memory(1_010_000, 1_000_000), products=2e-3),
+        Entry(
+            "cpp",
+            True,
+            spread=spread(ours),
+            memory=Memory(1_010_000, 1_000_000),
+            products=2e-3,
+            others={"aten::add": 5e-4},
+        ),
         Entry("reference", True, spread=spread(40.0), memory=memory, products=2e-3),
         Entry("eager", False, spread=spread(20.0), memory=memory, products=2e-3),
         Entry("torch.compile", False, spread=spread(10.0), memory=memory, products=2e-3),
@@ -169,6 +177,7 @@ def test_tables_say_what_was_measured(results: Results, tmp_path: Path) -> None:
     page = (tmp_path / "docs" / "performance.md").read_text()
     assert "published form: wrong: result 0: 1 of 2 differ" in page
     assert "50% of empty parallel regions" in page
+    assert "Outside of products, most of cpp's ms: `aten::add` 0.5." in page
     assert "| language_gate | 12.0 | 7.5 | 4.5 |" in page
     plots = [path.name for path in written if path.suffix == ".png"]
     assert plots == ["performance-made-up-avx2-2-threads-spacetime_attention-time-T.png"]
@@ -220,6 +229,23 @@ def test_a_busy_machine_makes_a_case_inconclusive(monkeypatch) -> None:
     assert {e.name for e in quiet.entries if e.spread} >= {"reference", "eager", "eager bmm"}
     monkeypatch.setattr(runner, "Quiet", Held)
     assert runner.measure(case, CpuClock(), budget).inconclusive
+
+
+def test_a_head_s_time_is_told_by_its_parts(monkeypatch) -> None:
+    case = next(case for case in cases("cpu") if case.task.variant == "bundled")
+    case = replace(case, sizes=case.task.small, repeats=1)
+    chosen = [c for c in case.task.contestants(case) if c.name in ("vd_kernels", "eager")]
+    monkeypatch.setattr(case.task, "contestants", lambda case: chosen)
+    monkeypatch.setattr(CpuClock, "__init__", lambda self: setattr(self, "cold_bytes", 0))
+    result = runner.measure(case, CpuClock(), Budget(seconds=0.0, rounds=(2, 2)))
+    mine, other = result.entries
+    for entry in (mine, other):
+        assert 0 < entry.products < entry.spread.median
+        assert sum(entry.others.values()) + entry.products < 1.001 * entry.spread.median
+        assert "aten::mm" not in entry.others and "aten::addmm" not in entry.others
+        assert list(entry.others.values()) == sorted(entry.others.values(), reverse=True)
+    assert any(name.startswith("vd::") for name in mine.others)
+    assert not any(name.startswith("vd::") for name in other.others)
 
 
 def test_contestants_take_turns_and_slow_ones_sit_out() -> None:
