@@ -101,6 +101,30 @@ def test_cells_are_means_and_spreads(tmp_path):
         assert f"({name})" in page
 
 
+def test_claims_are_judged_by_margin_and_seeds(tmp_path):
+    write(tmp_path, *(made_up("videodistill", seed, 70.0 + seed) for seed in (1, 2, 3)))
+    write(tmp_path, *(made_up("cross-attention-uniform", seed, 50.0 + seed) for seed in (1, 2, 3)))
+    write(tmp_path, *(made_up("cross-attention", seed, 75.0 + seed) for seed in (1, 2, 3)))
+    write(tmp_path, *(made_up("gumbel", seed, 60.0 + 9 * seed) for seed in (1, 2)))
+    write(tmp_path, made_up("uniform", 1, 20.0))
+    page = page_of(tmp_path)
+
+    def verdict(claim: str) -> list[str]:
+        lines = page.partition("and what was found\n")[2].partition("\n## ")[0].splitlines()
+        (line,) = [line for line in lines if claim in line]
+        return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+    # N = 64 costs a point, of both; three seeds of deviation 1 on either side: 1 / √3 · √2.
+    assert verdict("at least 10 points") == ["71.0 ± 1.0", "51.0 ± 1.0", "+20.0 ± 0.8: confirmed"]
+    assert verdict("half as much") == ["10.0 ± 0.0", "10.0 ± 0.0", "-5.0 ± 0.0: refuted"]
+    assert verdict("gates are better") == ["72.0 ± 1.0", "77.0 ± 1.0", "-5.0 ± 0.8: refuted"]
+    assert verdict("evidence in training helps")[2] == "-1.5 ± 4.5: open"
+    assert verdict("better than uniform ones") == ["72.0 ± 1.0", "20.0", "+52.0: open"]
+    assert verdict("exact gradient") == ["not yet run"] * 3
+    # 1,024 / 64 points less than at 64.
+    assert verdict("cost at most") == ["56.0 ± 1.0", "71.0 ± 1.0", "-15.0 ± 0.8: refuted"]
+
+
 def test_results_of_other_settings_are_left_out(tmp_path):
     older = made_up("mean", 1, 30.0)
     older["settings"]["study"]["data_seed"] = 5
