@@ -27,11 +27,10 @@ struct Call {
   int64_t batch, tokens, heads;
   const bool* real;
   std::vector<int64_t> count;
-  MaybeTensor key, key_columns, gate_value, gate_columns;
 
   Call(const Tensor& query, const Tensor& key_, const MaybeTensor& value,
        const MaybeTensor& gate_value_, const MaybeTensor& key_mask, const MaybeTensor& bias,
-       double scale, int64_t reduction, bool backward)
+       double scale, int64_t reduction)
       : batch(query.size(0)),
         tokens(key_.size(1)),
         heads(query.size(2)),
@@ -59,43 +58,38 @@ struct Call {
     const int64_t most = count.empty() ? 0 : *std::max_element(count.begin(), count.end());
     g.padded = round_up(most, kernels.lanes);
 
-    const auto room = [&](bool needed, int64_t floats) -> MaybeTensor {
-      if (!needed) return std::nullopt;
-      return floats_like(query, batch * heads * g.padded * floats);
-    };
-    key = room(backward, padded(g.width));
-    key_columns = room(true, padded(g.width));
-    pack(tokens_of(key_), g.width, static_cast<float>(scale), key, key_columns);
-    if (g.per_channel) {
-      gate_value = room(true, padded(g.channels));
-      gate_columns = room(backward, padded(g.channels));
-      pack(tokens_of(*gate_value_), g.channels, 1.0f, gate_value, gate_columns);
-    }
-    g.key = floats_of(key);
-    g.key_columns = floats_of(key_columns);
-    g.gate_value = floats_of(gate_value);
-    g.gate_columns = floats_of(gate_columns);
+    g.key = packing(tokens_of(key_), g.width, static_cast<float>(scale));
+    if (g.per_channel) g.gate_value = packing(tokens_of(*gate_value_), g.channels, 1.0f);
   }
 
   bool mean() const { return g.reduction == Reduction::kMean; }
 
   int64_t padded(int64_t n) const { return round_up(n, kernels.row_step(g.dtype, mean())); }
 
-  void pack(const Tokens& from, int64_t width, float factor, const MaybeTensor& rows,
-            const MaybeTensor& columns) {
-    const Packing p{g.dtype, from,   tokens, heads,      width,        g.padded,
-                    real,    factor, mean(), floats_of(rows), floats_of(columns)};
+  Packing packing(const Tokens& from, int64_t width, float factor) const {
+    return {g.dtype, from, tokens, heads, width, g.padded, real, factor, mean(), nullptr, nullptr};
+  }
+
+  // Memory for [B,H,padded,width rounded up] floats.
+  Tensor room(const Tensor& like, int64_t width, int64_t chunks = 1) const {
+    return floats_like(like, batch * heads * chunks * g.padded * padded(width));
+  }
+
+  void pack(const Packing& p) const {
     parallel(batch * heads, 8, [&](int64_t begin, int64_t end) {
-      kernels.pack(p, begin, end, scratch(p.padded * padded(width)));
+      kernels.pack(p, begin, end, scratch(p.padded * padded(p.width)));
     });
   }
 
-  void unpack(const MaybeTensor& sums, int64_t width, double factor, void* to) {
-    const Unpacking u{g.dtype, tokens, heads,                      width,  g.padded,   g.chunks,
-                      real,    static_cast<float>(factor), mean(), floats_of(sums), to};
+  void unpack(const Unpacking& u) const {
     parallel(batch * heads, 8, [&](int64_t begin, int64_t end) {
-      kernels.unpack(u, begin, end, scratch(padded(width)));
+      kernels.unpack(u, begin, end, scratch(padded(u.width)));
     });
+  }
+
+  Unpacking unpacking(int64_t width, double factor, const MaybeTensor& to) const {
+    return {g.dtype, tokens, heads, width, g.padded, g.chunks, real, static_cast<float>(factor),
+            mean(),  nullptr, to ? to->mutable_data_ptr() : nullptr};
   }
 };
 
@@ -106,8 +100,17 @@ int64_t bytes_of(const MaybeTensor& x) {
 void forward(Tensor query, Tensor key, MaybeTensor value, MaybeTensor gate_value,
              MaybeTensor key_mask, MaybeTensor bias, double scale, int64_t reduction,
              MaybeTensor out, MaybeTensor gate) {
-  Call call(query, key, value, gate_value, key_mask, bias, scale, reduction, false);
+  Call call(query, key, value, gate_value, key_mask, bias, scale, reduction);
   Arguments& g = call.g;
+  const Tensor keys = call.room(query, g.width);
+  g.key.columns = floats_of(keys);
+  call.pack(g.key);
+  MaybeTensor gate_values;
+  if (g.per_channel) {
+    gate_values = call.room(query, g.channels);
+    g.gate_value.rows = floats_of(gate_values);
+    call.pack(g.gate_value);
+  }
   g.out = out ? out->mutable_data_ptr() : nullptr;
   g.gate = gate ? gate->mutable_data_ptr() : nullptr;
   g.stream = bytes_of(out) >= kStreamBytes;
@@ -125,7 +128,7 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_gate, Tensor query, Tensor 
               MaybeTensor value, MaybeTensor gate_value, MaybeTensor key_mask, MaybeTensor bias,
               double scale, int64_t reduction, MaybeTensor grad_query, MaybeTensor grad_key,
               MaybeTensor grad_value, MaybeTensor grad_gate_value, MaybeTensor grad_bias) {
-  Call call(query, key, value, gate_value, key_mask, bias, scale, reduction, true);
+  Call call(query, key, value, gate_value, key_mask, bias, scale, reduction);
   Arguments& g = call.g;
   g.grad_out = tokens_of(grad_out);
   g.grad_gate = tokens_of(grad_gate);
@@ -136,27 +139,27 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_gate, Tensor query, Tensor 
   const int64_t blocks = (g.length + kBlock - 1) / kBlock;
   g.chunks = std::max<int64_t>(
       1, std::min(blocks, (kTasks + groups - 1) / std::max<int64_t>(groups, 1)));
+  // If whole groups keep all threads busy, sums of chunks need not be kept for each other.
+  const int64_t threads = torch::stable::get_num_threads();
+  g.whole = groups % threads == 0 || groups >= 4 * threads;
+  g.grad_key = call.unpacking(g.width, scale, grad_key);
+  g.grad_gate_value = call.unpacking(g.channels, 1.0, grad_gate_value);
 
+  MaybeTensor key_sums, value_sums, bias_sums;
+  if (!g.whole && grad_key) key_sums = call.room(query, g.width, g.chunks);
+  if (!g.whole && grad_gate_value) value_sums = call.room(query, g.channels, g.chunks);
+  g.grad_key.sums = floats_of(key_sums);
+  g.grad_gate_value.sums = floats_of(value_sums);
   const int64_t chunks = g.batch * g.heads * g.chunks;
   const int64_t biases = g.per_channel ? call.padded(g.channels) : 1;
-  const auto room = [&](bool needed, int64_t floats) -> MaybeTensor {
-    if (!needed) return std::nullopt;
-    return floats_like(query, chunks * floats);
-  };
-  const auto key_sums = room(grad_key.has_value(), g.padded * call.padded(g.width));
-  const auto value_sums = room(grad_gate_value.has_value(), g.padded * call.padded(g.channels));
-  const auto bias_sums = room(grad_bias.has_value(), biases);
-  g.grad_key = floats_of(key_sums);
-  g.grad_gate_value = floats_of(value_sums);
+  if (grad_bias) bias_sums = floats_like(query, chunks * biases);
   g.grad_bias = floats_of(bias_sums);
-  parallel(groups * g.chunks, 1, [&](int64_t begin, int64_t end) {
+  parallel(groups * (g.whole ? 1 : g.chunks), 1, [&](int64_t begin, int64_t end) {
     call.kernels.backward(g, begin, end, scratch(call.kernels.backward_scratch(g)));
   });
 
-  if (grad_key) call.unpack(key_sums, g.width, scale, grad_key->mutable_data_ptr());
-  if (grad_gate_value) {
-    call.unpack(value_sums, g.channels, 1.0, grad_gate_value->mutable_data_ptr());
-  }
+  if (key_sums) call.unpack(g.grad_key);
+  if (value_sums) call.unpack(g.grad_gate_value);
   if (grad_bias) {
     const int64_t own = g.per_channel ? g.channels : 1;
     float* to = static_cast<float*>(grad_bias->mutable_data_ptr());

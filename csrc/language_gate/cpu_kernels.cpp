@@ -166,20 +166,26 @@ class Ahead {
   int64_t b_, first_, rows_, h_, heads_, parts_;
 };
 
+// One head of a question, packed, in the forms that are needed: rows [padded,width rounded up] and
+// their transpose.
+struct Question {
+  const float *key, *key_columns, *gate_value, *gate_columns;
+};
+
 // Of `rows` tokens the scores, p where `keep` or the gate is per channel, r, and the gate: [rows], or
 // per channel [rows,Dv'].
 template <typename T>
-void gate_of(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, const Rows& query,
-             int64_t rows, bool keep, const Ahead<T>& ahead, int64_t done) {
-  const int64_t n = g.count[b], head = b * g.heads + h, channels = room.channels;
+void gate_of(const Arguments& g, const Room<T>& room, const Question& question, int64_t b, int64_t h,
+             const Rows& query, int64_t rows, bool keep, const Ahead<T>& ahead, int64_t done) {
+  const int64_t n = g.count[b], channels = room.channels;
   if (n > 0) {
     const int64_t padded = round_up(n, kLanes);
     for (int64_t i = 0; i < rows; i += kStep<T>) {
       const int64_t some = rows - i < kStep<T> ? rows - i : kStep<T>;
       ahead.fetch_part(g.query, g.width, done, i);
       gemm<kPaired<T>>(some, n, units_of<T>(g.width), query.data + i * query.stride,
-                       {query.stride, 1}, g.key_columns + head * room.width * g.padded, g.padded,
-                       room.rows + i * padded, padded, false);
+                       {query.stride, 1}, question.key_columns, g.padded, room.rows + i * padded,
+                       padded, false);
     }
     for (int64_t i = 0; kPaired<T> && i < rows * padded; i += kLanes) {
       store(room.rows + i, load(room.rows + i) * g.scale);  // keys are as they were given
@@ -196,8 +202,7 @@ void gate_of(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, cons
     }
     const Left p = over_rows<T>(room.shares, n, kBlock, rows, room.left);
     gemm<kPaired<T>>(rows, g.channels, units_of<T>(n), p.data, p.strides,
-                     g.gate_value + head * g.padded * channels, channels, room.gate, channels,
-                     false);
+                     question.gate_value, channels, room.gate, channels, false);
     for (int64_t i = 0; i < rows; ++i) {
       float* gate = room.gate + i * channels;
       for (int64_t c = 0; g.bias && c < g.channels; ++c) gate[c] += g.bias[h * g.channels + c];
@@ -238,7 +243,11 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
     for (int64_t h = 0; h < g.heads; ++h) {
       const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, false,
                                  room.query);
-      gate_of(g, room, b, h, query, rows, false, ahead, h);
+      const int64_t head = (b * g.heads + h) * g.padded;
+      const Question question{nullptr, g.key.columns + head * room.width,
+                              g.per_channel ? g.gate_value.rows + head * room.channels : nullptr,
+                              nullptr};
+      gate_of(g, room, question, b, h, query, rows, false, ahead, h);
       for (int64_t i = 0; i < rows; ++i) {
         if (i % kStep<T> == 0) ahead.fetch_part(g.value, g.channels, h, i);
         const int64_t row = (b * g.length + first + i) * g.heads + h;
@@ -258,10 +267,64 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
   finish_streams();
 }
 
-// Backward's own part of the scratch memory.
+// Packs one head of a question. `rows` and `columns` may be absent; where rows are units, `rows` gets
+// a stack and `columns` the transpose of the units, both without `factor`. Scratch: padded * (width
+// rounded up).
+template <typename T>
+void pack_head(const Packing& p, int64_t head, float* rows, float* columns, float* scratch) {
+  const int64_t width = round_up(p.width, row_step<T>), units = units_of<T>(width);
+  const int64_t b = head / p.heads, h = head % p.heads;
+  float* const to = rows && !kPaired<T> ? rows : scratch;
+  for (int64_t i = 0; i < p.padded * units; ++i) to[i] = 0.0f;
+  int64_t n = 0;
+  for (int64_t j = 0; j < p.tokens; ++j) {
+    if (p.real && !p.real[b * p.tokens + j]) continue;
+    const T* token = at<T>(p.from, b, j, h);
+    if constexpr (kPaired<T>) {
+      load_units(token, p.width, width, to + n * units);
+    } else {
+      float* row = to + (p.mean ? 0 : n * width);
+      for (int64_t d = 0; d < p.width; ++d) row[d] += p.factor * widen(token[d]);
+    }
+    ++n;
+  }
+  for (int64_t d = 0; p.mean && n > 0 && d < width; ++d) to[d] /= static_cast<float>(n);
+  if (columns) transpose(p.padded, units, to, units, columns, p.padded);
+  if (rows && to != rows) stack_of<T>(to, units, p.padded, width, rows);
+}
+
+// Sums [chunks,padded,width rounded up] of one head, to where they belong. Scratch: width rounded up.
+template <typename T>
+void unpack_head(const Unpacking& u, int64_t head, const float* sums, int64_t chunks,
+                 float* scratch) {
+  const int64_t width = round_up(u.width, row_step<T>);
+  const int64_t b = head / u.heads, h = head % u.heads;
+  T* const to = static_cast<T*>(u.to);
+  int64_t n = 0;
+  for (int64_t j = 0; u.mean && j < u.tokens; ++j) n += !u.real || u.real[b * u.tokens + j];
+  const float factor = u.mean && n > 0 ? u.factor / static_cast<float>(n) : u.factor;
+  int64_t packed = 0;
+  for (int64_t j = 0; j < u.tokens; ++j) {
+    for (int64_t d = 0; d < width; ++d) scratch[d] = 0.0f;
+    if (!u.real || u.real[b * u.tokens + j]) {
+      for (int64_t c = 0; c < chunks; ++c) {
+        const float* row = sums + (c * u.padded + packed) * width;
+        for (int64_t d = 0; d < width; ++d) scratch[d] += row[d];
+      }
+      packed += !u.mean;
+    }
+    store_row(scratch, u.width, factor, to + ((b * u.tokens + j) * u.heads + h) * u.width);
+  }
+}
+
+// Backward's own part of the scratch memory. The last pieces are of kHeads heads: the question, sums
+// over a chunk, and over all of them.
 template <typename T>
 struct GradientRoom : Room<T> {
-  float *grad_shares, *grad_query, *grad_gate, *grad_units, *stack, *query_stack, *columns;
+  float *grad_shares, *grad_query, *grad_gate, *grad_units, *stack, *query_stack, *columns, *packing;
+  int64_t of_key, of_gate_value;  // floats of one head
+  float *key, *key_columns, *gate_value, *gate_columns;
+  float *key_sums, *key_totals, *gate_value_sums, *gate_value_totals;
 
   GradientRoom(const Arguments& g, float* scratch)
       : Room<T>(g, scratch),
@@ -271,9 +334,37 @@ struct GradientRoom : Room<T> {
         grad_units(take(kPaired<T> ? kBlock * units_of<T>(this->channels) : 0)),
         stack(take(kPaired<T> ? units_summed<T>(kBlock) * this->channels : 0)),
         query_stack(take(kPaired<T> ? units_summed<T>(kBlock) * this->width : 0)),
-        columns(take(kPaired<T> ? g.padded * units_summed<T>(kBlock) : 0)) {}
+        columns(take(kPaired<T> ? g.padded * units_summed<T>(kBlock) : 0)),
+        packing(take((g.padded > 0 ? g.padded : 1) *
+                     (this->width > this->channels ? this->width : this->channels))),
+        of_key(g.padded * this->width),
+        of_gate_value(g.per_channel ? g.padded * this->channels : 0),
+        key(take(kHeads * of_key)),
+        key_columns(take(kHeads * of_key)),
+        gate_value(take(kHeads * of_gate_value)),
+        gate_columns(take(kHeads * of_gate_value)) {
+    const int64_t keys = g.whole && g.grad_key.to ? kHeads * of_key : 0;
+    const int64_t values = g.whole && g.grad_gate_value.to ? kHeads * of_gate_value : 0;
+    key_sums = take(keys);
+    key_totals = take(keys);
+    gate_value_sums = take(values);
+    gate_value_totals = take(values);
+  }
 
   float* take(int64_t floats) { return this->carve.take(floats); }
+
+  // Of the i-th of the heads.
+  Question question(int64_t i) const {
+    return {key + i * of_key, key_columns + i * of_key, gate_value + i * of_gate_value,
+            gate_columns + i * of_gate_value};
+  }
+
+  void pack(const Arguments& g, int64_t head, int64_t i) const {
+    pack_head<T>(g.key, head, key + i * of_key, key_columns + i * of_key, packing);
+    if (!g.per_channel) return;
+    pack_head<T>(g.gate_value, head, gate_value + i * of_gate_value,
+                 gate_columns + i * of_gate_value, packing);
+  }
 };
 
 int64_t backward_scratch(const Arguments& g) {
@@ -302,36 +393,46 @@ VD_INLINE void scores_gradient(Reduction reduction, const float* s, F reduced, F
   }
 }
 
-// Where a head's sums over one part of L go, those that are wanted.
+// Where a head's sums over one part of L go, those that are wanted: key [padded,D'], gate_value
+// [padded,Dv'], bias [1] or [Dv'].
 struct HeadSums {
   float *key, *gate_value, *bias;
 
+  // Of head h of question b, the i-th of the task's.
   template <typename T>
-  HeadSums(const Arguments& g, const Room<T>& room, int64_t b, int64_t h, int64_t part) {
+  HeadSums(const Arguments& g, const GradientRoom<T>& room, int64_t b, int64_t h, int64_t i,
+           int64_t part) {
     const int64_t chunk = (b * g.heads + h) * g.chunks + part;
-    const auto at_chunk = [&](float* sums, int64_t each) {
-      return sums ? sums + chunk * each : nullptr;
+    const auto place = [&](const Unpacking& u, float* own, int64_t each) -> float* {
+      if (!u.to) return nullptr;
+      return g.whole ? own + i * each : u.sums + chunk * each;
     };
-    key = at_chunk(g.grad_key, g.padded * room.width);
-    gate_value = at_chunk(g.grad_gate_value, g.padded * room.channels);
-    bias = at_chunk(g.grad_bias, g.per_channel ? room.channels : 1);
+    key = place(g.grad_key, room.key_sums, room.of_key);
+    gate_value = place(g.grad_gate_value, room.gate_value_sums, room.of_gate_value);
+    bias = g.grad_bias ? g.grad_bias + chunk * (g.per_channel ? room.channels : 1) : nullptr;
   }
 
   template <typename T>
-  void clear(const Arguments& g, const Room<T>& room) const {
-    for (int64_t i = 0; key && i < g.padded * room.width; ++i) key[i] = 0.0f;
-    for (int64_t i = 0; gate_value && i < g.padded * room.channels; ++i) gate_value[i] = 0.0f;
+  void clear(const Arguments& g, const GradientRoom<T>& room) const {
+    for (int64_t i = 0; key && i < room.of_key; ++i) key[i] = 0.0f;
+    for (int64_t i = 0; gate_value && i < room.of_gate_value; ++i) gate_value[i] = 0.0f;
     for (int64_t i = 0; bias && i < (g.per_channel ? room.channels : 1); ++i) bias[i] = 0.0f;
   }
 };
 
+// totals = sums, or totals + sums
+VD_INLINE void add_up(const float* sums, int64_t n, bool first, float* totals) {
+  for (int64_t i = 0; i < n; ++i) totals[i] = (first ? 0.0f : totals[i]) + sums[i];
+}
+
 template <typename T>
-void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, int64_t h,
-                    int64_t first, const HeadSums& sums, const Ahead<T>& ahead, int64_t done) {
+void backward_block(const Arguments& g, const GradientRoom<T>& room, const Question& question,
+                    int64_t b, int64_t h, int64_t first, const HeadSums& sums, const Ahead<T>& ahead,
+                    int64_t done) {
   constexpr bool pairs = kPaired<T>;
   const int64_t width = room.width, channels = room.channels;
   const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
-  const int64_t head = b * g.heads + h, n = g.count[b];
+  const int64_t n = g.count[b];
   const int64_t gates = g.per_channel ? channels : 1;  // of one token and head
   T* const to_query = static_cast<T*>(g.grad_query);
   T* const to_value = static_cast<T*>(g.grad_value);
@@ -339,7 +440,7 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
   const bool around_value = g.stream && to_value && can_stream(to_value, g.channels);
   const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, true,
                              room.query);
-  gate_of(g, room, b, h, query, rows, true, ahead, done);
+  gate_of(g, room, question, b, h, query, rows, true, ahead, done);
   // Long before it is multiplied: tiles wait for what was written just before.
   Stack query_stack{};
   if (sums.key) {
@@ -424,7 +525,7 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
     }
     const int64_t padded = round_up(n, kLanes);
     gemm<pairs>(rows, n, units_of<T>(g.channels), grad, {step, 1},
-                g.gate_columns + head * channels * g.padded, g.padded, room.rows, padded, false);
+                question.gate_columns, g.padded, room.rows, padded, false);
     transpose(rows, n, room.rows, padded, room.grad_shares, kBlock);
     for (int64_t i = 0; i < rows; i += kLanes) {
       float* p = room.shares + i;
@@ -452,8 +553,8 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, int64_t b, 
                 query_stack.stride, sums.key, width, true);
   }
   if (!to_query) return;
-  gemm<pairs>(rows, g.width, units_of<T>(n), grad.data, grad.strides, g.key + head * g.padded * width,
-              width, room.grad_query, width, false);
+  gemm<pairs>(rows, g.width, units_of<T>(n), grad.data, grad.strides, question.key, width,
+              room.grad_query, width, false);
   const float factor = pairs ? g.scale : 1.0f;  // which keys lack if they are as they were given
   for (int64_t i = 0; i < rows; ++i) {
     T* to = to_query + ((b * g.length + first + i) * g.heads + h) * g.width;
@@ -470,18 +571,44 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
   const GradientRoom<T> room(g, scratch);
   const int64_t blocks = (g.length + kBlock - 1) / kBlock;
   const int64_t groups = (g.heads + kHeads - 1) / kHeads;
+  const int64_t parts = g.whole ? g.chunks : 1;  // of a task
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t part = task % g.chunks, b = task / g.chunks / groups;
-    const int64_t first_head = task / g.chunks % groups * kHeads;
-    const int64_t end_head = first_head + kHeads < g.heads ? first_head + kHeads : g.heads;
-    for (int64_t h = first_head; h < end_head; ++h) HeadSums(g, room, b, h, part).clear(g, room);
-    const int64_t end_block = (part + 1) * blocks / g.chunks;
-    for (int64_t block = part * blocks / g.chunks; block < end_block; ++block) {
-      const Ahead<T> ahead(g, b, block + 1 < end_block ? (block + 1) * kBlock : g.length, first_head,
-                           end_head - first_head);
-      for (int64_t h = first_head; h < end_head; ++h) {
-        backward_block(g, room, b, h, block * kBlock, HeadSums(g, room, b, h, part), ahead,
-                       h - first_head);
+    const int64_t group = g.whole ? task : task / g.chunks;
+    const int64_t first_part = g.whole ? 0 : task % g.chunks, b = group / groups;
+    const int64_t first_head = group % groups * kHeads;
+    const int64_t heads = first_head + kHeads < g.heads ? kHeads : g.heads - first_head;
+    for (int64_t i = 0; i < heads; ++i) room.pack(g, b * g.heads + first_head + i, i);
+    const int64_t last_block = (first_part + parts) * blocks / g.chunks;
+    for (int64_t part = first_part; part < first_part + parts; ++part) {
+      const auto sums_of = [&](int64_t i) {
+        return HeadSums(g, room, b, first_head + i, i, part);
+      };
+      for (int64_t i = 0; i < heads; ++i) sums_of(i).clear(g, room);
+      const int64_t end_block = (part + 1) * blocks / g.chunks;
+      for (int64_t block = part * blocks / g.chunks; block < end_block; ++block) {
+        const Ahead<T> ahead(g, b, block + 1 < last_block ? (block + 1) * kBlock : g.length,
+                             first_head, heads);
+        for (int64_t i = 0; i < heads; ++i) {
+          backward_block(g, room, room.question(i), b, first_head + i, block * kBlock, sums_of(i),
+                         ahead, i);
+        }
+      }
+      if (!g.whole) continue;
+      if (g.grad_key.to) {
+        add_up(room.key_sums, heads * room.of_key, part == 0, room.key_totals);
+      }
+      if (g.grad_gate_value.to) {
+        add_up(room.gate_value_sums, heads * room.of_gate_value, part == 0, room.gate_value_totals);
+      }
+    }
+    for (int64_t i = 0; g.whole && i < heads; ++i) {
+      const int64_t head = b * g.heads + first_head + i;
+      if (g.grad_key.to) {
+        unpack_head<T>(g.grad_key, head, room.key_totals + i * room.of_key, 1, room.packing);
+      }
+      if (g.grad_gate_value.to) {
+        unpack_head<T>(g.grad_gate_value, head, room.gate_value_totals + i * room.of_gate_value, 1,
+                       room.packing);
       }
     }
   }
@@ -500,68 +627,25 @@ void backward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
           [&](auto t) { backward_tasks<decltype(t)>(g, begin, end, scratch); });
 }
 
-// Where rows are units, `rows` gets a stack and `columns` the transpose of the units, both without
-// `factor`.
-template <typename T>
-void pack_heads(const Packing& p, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = round_up(p.width, row_step<T>), units = units_of<T>(width);
-  const bool in_place = p.rows && !kPaired<T>;
-  for (int64_t head = begin; head < end; ++head) {
-    const int64_t b = head / p.heads, h = head % p.heads;
-    float* rows = in_place ? p.rows + head * p.padded * width : scratch;
-    for (int64_t i = 0; i < p.padded * units; ++i) rows[i] = 0.0f;
-    int64_t n = 0;
-    for (int64_t j = 0; j < p.tokens; ++j) {
-      if (p.real && !p.real[b * p.tokens + j]) continue;
-      const T* token = at<T>(p.from, b, j, h);
-      if constexpr (kPaired<T>) {
-        load_units(token, p.width, width, rows + n * units);
-      } else {
-        float* row = rows + (p.mean ? 0 : n * width);
-        for (int64_t d = 0; d < p.width; ++d) row[d] += p.factor * widen(token[d]);
-      }
-      ++n;
-    }
-    for (int64_t d = 0; p.mean && n > 0 && d < width; ++d) rows[d] /= static_cast<float>(n);
-    if (p.columns) {
-      transpose(p.padded, units, rows, units, p.columns + head * width * p.padded, p.padded);
-    }
-    if (p.rows && !in_place) {
-      stack_of<T>(rows, units, p.padded, width, p.rows + head * p.padded * width);
-    }
-  }
-}
-
-template <typename T>
-void unpack_heads(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
-  const int64_t width = round_up(u.width, row_step<T>);
-  T* const to = static_cast<T*>(u.to);
-  for (int64_t head = begin; head < end; ++head) {
-    const int64_t b = head / u.heads, h = head % u.heads;
-    int64_t n = 0;
-    for (int64_t j = 0; u.mean && j < u.tokens; ++j) n += !u.real || u.real[b * u.tokens + j];
-    const float factor = u.mean && n > 0 ? u.factor / static_cast<float>(n) : u.factor;
-    int64_t packed = 0;
-    for (int64_t j = 0; j < u.tokens; ++j) {
-      for (int64_t d = 0; d < width; ++d) scratch[d] = 0.0f;
-      if (!u.real || u.real[b * u.tokens + j]) {
-        for (int64_t c = 0; c < u.chunks; ++c) {
-          const float* sums = u.sums + ((head * u.chunks + c) * u.padded + packed) * width;
-          for (int64_t d = 0; d < width; ++d) scratch[d] += sums[d];
-        }
-        packed += !u.mean;
-      }
-      store_row(scratch, u.width, factor, to + ((b * u.tokens + j) * u.heads + h) * u.width);
-    }
-  }
-}
-
 void pack(const Packing& p, int64_t begin, int64_t end, float* scratch) {
-  by_form(p.dtype, p.mean, [&](auto t) { pack_heads<decltype(t)>(p, begin, end, scratch); });
+  by_form(p.dtype, p.mean, [&](auto t) {
+    using T = decltype(t);
+    const int64_t each = p.padded * round_up(p.width, row_step<T>);
+    for (int64_t head = begin; head < end; ++head) {
+      pack_head<T>(p, head, p.rows ? p.rows + head * each : nullptr,
+                   p.columns ? p.columns + head * each : nullptr, scratch);
+    }
+  });
 }
 
 void unpack(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
-  by_form(u.dtype, u.mean, [&](auto t) { unpack_heads<decltype(t)>(u, begin, end, scratch); });
+  by_form(u.dtype, u.mean, [&](auto t) {
+    using T = decltype(t);
+    const int64_t each = u.chunks * u.padded * round_up(u.width, row_step<T>);
+    for (int64_t head = begin; head < end; ++head) {
+      unpack_head<T>(u, head, u.sums + head * each, u.chunks, scratch);
+    }
+  });
 }
 
 }  // namespace

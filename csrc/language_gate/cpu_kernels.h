@@ -17,6 +17,29 @@ struct Tokens {
   int64_t batch, token, head;  // strides in elements
 };
 
+// Packs the real tokens of each question as floats times `factor`, or their mean alone.
+struct Packing {
+  Dtype dtype;
+  Tokens from;
+  int64_t tokens, heads, width, padded;
+  const bool* real;  // [B,M] or nullptr
+  float factor;
+  bool mean;
+  float* columns;  // [B,H,width rounded up,padded], or
+  float* rows;     // [B,H,padded,width rounded up], or neither: backward packs for itself
+};
+
+// The way back for gradients: sums over chunks go to the real tokens, zeros to the others.
+struct Unpacking {
+  Dtype dtype;
+  int64_t tokens, heads, width, padded, chunks;
+  const bool* real;
+  float factor;
+  bool mean;
+  float* sums;  // [B,H,chunks,padded,width rounded up]; nullptr where a task unpacks its own
+  void* to;           // [B,M,H,width]; nullptr where it is not wanted
+};
+
 // Absent tensors have data == nullptr. Results are contiguous.
 struct Arguments {
   Dtype dtype;
@@ -28,49 +51,26 @@ struct Arguments {
   bool per_channel;
 
   // The question, packed: of each question its real tokens alone, in floats (or in pairs of bfloat16,
-  // which take half of the room; see pairs.h). D' and Dv' are D and Dv rounded up to whole vectors.
-  int64_t padded;             // most real tokens of a question, rounded up likewise
-  const int64_t* count;       // [B] real tokens
-  const float* key;           // [B,H,padded,D'], times scale unless in pairs; for backward
-  const float* key_columns;   // [B,H,D',padded]
-  const float* gate_value;    // [B,H,padded,Dv']
-  const float* gate_columns;  // [B,H,Dv',padded]; for backward
+  // which take half of the room; see pairs.h), keys times scale unless in pairs. Forward finds keys
+  // in columns [B,H,D',padded] and gate values in rows [B,H,padded,Dv'], where D' and Dv' are D and
+  // Dv rounded up to whole vectors.
+  int64_t padded;        // most real tokens of a question, rounded up likewise
+  const int64_t* count;  // [B] real tokens
+  Packing key, gate_value;
 
   bool stream;  // results are too large to stay in the cache
   void* out;    // [B,L,H,Dv]
   void* gate;   // [B,L,H] or [B,L,H,Dv]
 
-  // Backward. A chunk is a stretch of the L tokens whose sums are formed in one go.
+  // Backward. A chunk is a stretch of the L tokens whose sums are formed in one go. `whole`: a task
+  // has all chunks of its heads, adds up their sums itself and unpacks them.
   Tokens grad_out, grad_gate;
   void* grad_query;        // [B,L,H,D]
   void* grad_value;        // [B,L,H,Dv]
   int64_t chunks;
-  float* grad_key;         // [B,H,chunks,padded,D'], of the packed tokens
-  float* grad_gate_value;  // [B,H,chunks,padded,Dv']
-  float* grad_bias;        // [B,H,chunks] or [B,H,chunks,Dv']
-};
-
-// Packs the real tokens of each question as floats times `factor`, or their mean alone.
-struct Packing {
-  Dtype dtype;
-  Tokens from;
-  int64_t tokens, heads, width, padded;
-  const bool* real;  // [B,M] or nullptr
-  float factor;
-  bool mean;
-  float* rows;     // [B,H,padded,width rounded up], unless nullptr
-  float* columns;  // [B,H,width rounded up,padded], unless nullptr
-};
-
-// The way back for gradients: sums over chunks go to the real tokens, zeros to the others.
-struct Unpacking {
-  Dtype dtype;
-  int64_t tokens, heads, width, padded, chunks;
-  const bool* real;
-  float factor;
-  bool mean;
-  const float* sums;  // [B,H,chunks,padded,width rounded up]
-  void* to;           // [B,M,H,width]
+  bool whole;
+  Unpacking grad_key, grad_gate_value;
+  float* grad_bias;  // [B,H,chunks] or [B,H,chunks,Dv']
 };
 
 struct Kernels {
@@ -80,7 +80,7 @@ struct Kernels {
   // Blocks begin .. end of B * ceil(L / kBlock): a block is kBlock tokens with all their heads.
   void (*forward)(const Arguments&, int64_t begin, int64_t end, float* scratch);
   int64_t (*backward_scratch)(const Arguments&);
-  // Tasks begin .. end of B * ceil(H / kHeads) * chunks.
+  // Tasks begin .. end of B * ceil(H / kHeads), times chunks unless `whole`.
   void (*backward)(const Arguments&, int64_t begin, int64_t end, float* scratch);
   // Heads begin .. end of B * H. Scratch: padded * (width rounded up).
   void (*pack)(const Packing&, int64_t begin, int64_t end, float* scratch);

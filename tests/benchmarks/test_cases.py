@@ -178,3 +178,12 @@ def test_memory_counts_what_a_call_takes() -> None:
     assert found["published form"].results == 4 * (3 * 3 * 12 + 3 * 12)
     assert found["published form"].peak >= (8 + 4) * one_hots
     assert found["eager without one-hots"].peak < found["published form"].peak
+
+
+def test_sums_of_the_gate_s_backward_need_no_memory_of_torch_s() -> None:
+    """One thread has all chunks of a head: it adds them up where it works."""
+    case = at("language_gate", "scalar", "both", "bfloat16", B=1, L=200, M=16, H=4, D=32)
+    given = draw(case, 0, Check(case).results)
+    (own,) = (entry for entry in case.task.contestants(case) if entry.name == "cpp")
+    # The bias's sums of 4 heads and 5 chunks, and what autograd itself takes.
+    assert weigh(Call.of(case, own), given).extra <= 4 * 4 * 5 + 128
