@@ -121,7 +121,9 @@ def _goal_table(result: Results) -> str:
                     _named_time(mine),
                     "" if mine is None else f"{mine.spread.median / result.floor(case):.2f}",
                     str(goal),
-                    "not measured" if value is None else f"{value:.2f}, {verdict}",
+                    "not measured"
+                    if value is None
+                    else f"{value:,.{2 * (value < 1000)}f}, {verdict}",
                 ]
             )
     if not rows:
