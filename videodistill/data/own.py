@@ -2,7 +2,8 @@
 
 Columns or keys: ``video`` (path in the video folder), ``question`` and, where there are any,
 ``answer``, the choices as ``a0``, ``a1``, ... or as ``choices`` (a list in JSON; separated by "|"
-in csv), ``type``, ``start`` and ``end`` in seconds, and ``question_id``.
+in csv), ``type``, ``start`` and ``end`` in seconds, ``evidence`` (a list of [start, end] in JSON;
+"2-4.5|7-9" in csv), and ``question_id``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from videodistill.data.entries import Broken, Entry, collect, right_choice
-from videodistill.data.files import number_in, read_entries, read_rows
+from videodistill.data.files import number_in, read_entries, read_rows, stretches
 from videodistill.data.record import Question, Stretch
 
 
@@ -42,6 +43,8 @@ def _csv_rows(path: Path, broken: list[Broken] | None) -> Iterator[tuple[str, di
         filled: dict[str, Any] = {name: cell for name, cell in row.items() if cell}
         if "choices" in filled:
             filled["choices"] = [choice.strip() for choice in filled["choices"].split("|")]
+        if "evidence" in filled:
+            filled["evidence"] = [stretch.split("-") for stretch in filled["evidence"].split("|")]
         yield f"{path}:{line}", filled
 
 
@@ -59,6 +62,7 @@ def _question(value: Any, where: str) -> Question:
         choices=choices,
         family=entry.name("type") if "type" in entry else None,
         interval=_interval(entry),
+        evidence=stretches(entry.value.get("evidence") or (), f"{where}: evidence"),
     )
 
 

@@ -30,10 +30,17 @@ def test_the_least(tmp_path: Path) -> None:
 
 def test_everything(tmp_path: Path) -> None:
     expected = Question(
-        "x1", "a.mp4", "what?", "red", ("blue", "red"), family="colour", interval=(1.5, 4.0)
+        "x1",
+        "a.mp4",
+        "what?",
+        "red",
+        ("blue", "red"),
+        family="colour",
+        interval=(1.5, 4.0),
+        evidence=((2.0, 2.5), (3.0, 4.0)),
     )
-    head = "video,question,answer,type,start,end,question_id"
-    rest = "a.mp4,what?,{},colour,1.5,4,x1"
+    head = "video,question,answer,type,start,end,evidence,question_id"
+    rest = "a.mp4,what?,{},colour,1.5,4,2-2.5 | 3-4,x1"
     for answer in ("red", "1"):
         row = rest.format(answer)
         assert read_own(write(tmp_path, f"{head},a0,a1,a2", f"{row},blue,red,")) == [expected]
@@ -46,6 +53,7 @@ def test_everything(tmp_path: Path) -> None:
         "type": "colour",
         "start": 1.5,
         "end": 4,
+        "evidence": [[2, 2.5], [3, 4]],
         "question_id": "x1",
     }
     assert read_own(write(tmp_path, entry, name="mine.jsonl")) == [expected]
@@ -60,21 +68,23 @@ def test_a_choice_that_looks_like_an_index_is_meant_as_text(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        (",what?,,,,,", "video must be a text"),
-        ("a.mp4,,,,,,", "question must be a text"),
-        ("a.mp4,what?,green,,,red,blue", "'green' is none of the choices"),
-        ("a.mp4,what?,2,,,red,blue", "'2' is none of the choices"),
-        ("a.mp4,what?,red,,,red,", "choices must be at least two"),
-        ("a.mp4,what?,,3,2,,", "end must be after start 3"),
-        ("a.mp4,what?,,-1,2,,", "must not be negative"),
-        ("a.mp4,what?,,1,,,", "end must be a number of seconds"),
-        ("a.mp4,what?,,soon,2,,", "start must be a number of seconds"),
-        ("a.mp4,what?", "2 cells where the first line names 7"),
+        (",what?,,,,,,", "video must be a text"),
+        ("a.mp4,,,,,,,", "question must be a text"),
+        ("a.mp4,what?,green,,,red,blue,", "'green' is none of the choices"),
+        ("a.mp4,what?,2,,,red,blue,", "'2' is none of the choices"),
+        ("a.mp4,what?,red,,,red,,", "choices must be at least two"),
+        ("a.mp4,what?,,3,2,,,", "end must be after start 3"),
+        ("a.mp4,what?,,-1,2,,,", "must not be negative"),
+        ("a.mp4,what?,,1,,,,", "end must be a number of seconds"),
+        ("a.mp4,what?,,soon,2,,,", "start must be a number of seconds"),
+        ("a.mp4,what?,,,,,,4-2", "evidence: [['4', '2']] is not a list of [start, end]"),
+        ("a.mp4,what?,,,,,,2", "evidence: [['2']] is not a list of [start, end]"),
+        ("a.mp4,what?", "2 cells where the first line names 8"),
     ],
 )
 def test_broken_row(tmp_path: Path, row: str, named: str) -> None:
-    head = "video,question,answer,start,end,a0,a1"
-    path = write(tmp_path, head, "a.mp4,what?,red,1,2,red,blue", row)
+    head = "video,question,answer,start,end,a0,a1,evidence"
+    path = write(tmp_path, head, "a.mp4,what?,red,1,2,red,blue,1-2", row)
     with pytest.raises(UserError) as error:
         read_own(path)
     assert str(error.value).startswith(f"{path}:3: ") and named in str(error.value)
