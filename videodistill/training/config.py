@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from videodistill.data.datasets import get_dataset
 from videodistill.data.files import read_text
@@ -212,6 +212,46 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class PhaseConfig:
+    """A stretch of training in which some parts of the model learn, or learn more slowly.
+
+    It begins with fresh moments, and warm-up and cosine of the learning rate are its own.
+    """
+
+    steps: int | None = None
+    """Of all phases but the last, which takes what is left of the run's."""
+    sampler: float = 1.0
+    """Share of the learning rate for the sampler; 0: it rests."""
+    others: float = 1.0
+    """The same for refiner and answer head. Where they rest the sampler learns from ``evidence``
+    alone, without a look at patches."""
+    pick: int | None = None
+    """Frames that are chosen; None: as many as ``model`` says."""
+    evidence_first: bool = False
+    """Whether frames of annotated evidence are chosen before all others."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "sampler", "others")
+        for name in ("steps", "pick"):
+            if getattr(self, name) is not None:
+                _at_least(self, 1, name)
+        if not (self.sampler or self.others):
+            raise ValueError("sampler and others are both 0: nothing would be learnt")
+        if not self.others and (self.pick is not None or self.evidence_first):
+            raise ValueError("the sampler alone chooses no frames: drop pick and evidence_first")
+
+
+class Phase(NamedTuple):
+    """A phase, and where in the run it is."""
+
+    name: str
+    settings: PhaseConfig
+    first: int
+    """Steps before it."""
+    steps: int
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
@@ -231,6 +271,8 @@ class TrainConfig:
     losses: LossConfig = LossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
+    phases: dict[str, PhaseConfig] = field(default_factory=dict)
+    """By name, one after the other; none: all parts learn together all the time."""
     validation: ValidationConfig = ValidationConfig()
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
@@ -245,6 +287,69 @@ class TrainConfig:
         _at_least(self, 1, "save_every", "log_every")
         if self.steps and self.data.train is None:
             raise ValueError("data.train is null: there is nothing to learn from, set steps to 0")
+        if self.phases and self.steps:
+            self._check_phases()
+
+    def _check_phases(self) -> None:
+        """Raise ValueError for phases that do not go together with each other or with the rest."""
+        if any(self.losses.pretraining.values()):
+            raise ValueError("phases: pretraining has none: drop them")
+        if self.optimiser.sampler_share != 1:
+            raise ValueError("optimiser.sampler_share: each of phases says this: drop it")
+        settings = {name: getattr(VideoDistillConfig, name) for name in ("frames", "frame_choice")}
+        settings |= self.model
+        last = list(self.phases)[-1]
+        for name, phase in self.phases.items():
+            where = f"phases.{name}"
+            if name == last and phase.steps is not None:
+                raise ValueError(f"{where}.steps: the last phase takes what is left: drop it")
+            if name != last and phase.steps is None:
+                raise ValueError(f"{where}.steps: is missing: only the last phase goes without")
+            if not phase.others and not self.losses.evidence:
+                raise ValueError(
+                    f"{where}.others: is 0, so that evidence alone is learnt from: set "
+                    "losses.evidence above 0"
+                )
+            if not phase.sampler and not (self.losses.answer or self.losses.choice):
+                raise ValueError(
+                    f"{where}.sampler: is 0, and nothing else learns from evidence: set "
+                    "losses.answer or losses.choice above 0"
+                )
+            if settings["frame_choice"] != "learned" and (phase.evidence_first or not phase.others):
+                raise ValueError(
+                    f"{where}: model.frame_choice {settings['frame_choice']} leaves the sampler "
+                    "out: let others learn, without evidence_first"
+                )
+            if phase.pick is not None and phase.pick > settings["frames"]:
+                raise ValueError(
+                    f"{where}.pick: is {phase.pick}, of {settings['frames']} candidates "
+                    "(model.frames)"
+                )
+        before = sum(phase.steps or 0 for phase in self.phases.values())
+        if before >= self.steps:
+            raise ValueError(
+                f"steps: {self.steps} leave none for phase {last}, as those before it take {before}"
+            )
+        for phase in self.all_phases():
+            if phase.steps <= self.optimiser.warmup:
+                raise ValueError(
+                    f"optimiser.warmup: {self.optimiser.warmup} steps are all of phase "
+                    f"{phase.name}, which has {phase.steps}: each phase warms up"
+                )
+
+    def all_phases(self) -> list[Phase]:
+        """The phases; a run without any is one in which all parts learn."""
+        phases = self.phases or {"": PhaseConfig(sampler=self.optimiser.sampler_share)}
+        placed, first = [], 0
+        for name, settings in phases.items():
+            steps = self.steps - first if settings.steps is None else settings.steps
+            placed.append(Phase(name, settings, first, steps))
+            first += steps
+        return placed
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase that a step is in, counted from 0."""
+        return next(phase for phase in reversed(self.all_phases()) if phase.first <= step)
 
 
 def recipes() -> dict[str, Path]:
@@ -391,7 +496,13 @@ class _Parser:
         if origin is dict:
             if not isinstance(value, dict):
                 raise self.error(path, f"holds {value!r}, where keys are expected")
-            return value
+            if not is_dataclass(args[1]):
+                return value
+            # A phase of which nothing is said is one, too.
+            return {
+                str(name): self.parse(args[1], {} if part is None else part, _join(path, str(name)))
+                for name, part in value.items()
+            }
         converted = _scalar(hint, value)
         if converted is None:
             raise self.error(path, f"must be {_KINDS[hint]}, not {value!r}")

@@ -14,7 +14,7 @@ from videodistill.data.record import Stretch
 from videodistill.model import VideoDistill, VideoDistillConfig, VideoDistillOutput
 
 if TYPE_CHECKING:
-    from videodistill.training.config import LossConfig
+    from videodistill.training.config import LossConfig, PhaseConfig
     from videodistill.training.dataset import Batch
 
 
@@ -126,7 +126,10 @@ class Objective(nn.Module):
         )
 
     def forward(
-        self, batch: Batch, masked_text: tuple[Tensor, Tensor] | None = None
+        self,
+        batch: Batch,
+        masked_text: tuple[Tensor, Tensor] | None = None,
+        phase: PhaseConfig | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses by name, each a sum over the rows that it is about, and guesses int64 [B].
 
@@ -136,10 +139,15 @@ class Objective(nn.Module):
         Args:
             batch: On the model's device.
             masked_text: text_embed [B,C_a] and tokens [B,M,C_t] of ``batch.pairs.masked_ids``.
+            phase: Of training; None as the model will be used.
         """
-        output = self._look(batch, batch.text_embed, batch.tokens, batch.token_mask, 0)
         sums: dict[str, Tensor] = {}
         guesses = torch.full_like(batch.rows, -1)
+        if phase is not None and not phase.others:
+            if batch.totals["evidence"]:
+                sums["evidence"] = self._evidence_sum(batch, self._scores(batch))
+            return sums, guesses
+        output = self._look(batch, batch.text_embed, batch.tokens, batch.token_mask, 0, phase)
         if self.model.config.answers:
             logits = self.model.vocabulary_logits(output.answer_embed).float()
             guesses = logits.argmax(-1)
@@ -159,18 +167,42 @@ class Objective(nn.Module):
         elif wanted:
             # Another process has choices, and waits for this one's gradients.
             sums["choice"] = 0.0 * output.answer_embed.sum()
-        if self.weights.evidence and batch.totals["evidence"]:
-            mask = batch.frame_mask
-            if mask is not None:
-                mask = mask.repeat_interleave(len(batch.rows) // len(mask), dim=0)
-            sums["evidence"] = evidence_loss(output.scores, batch.needed, self.evidence_scale, mask)
+        at_rest = phase is not None and not phase.sampler
+        if self.weights.evidence and batch.totals["evidence"] and not at_rest:
+            sums["evidence"] = self._evidence_sum(batch, output.scores)
         if batch.pairs is not None:
             sums |= self._pair_losses(batch, output, masked_text)
         return sums, guesses
 
+    def _scores(self, batch: Batch) -> Tensor:
+        return self.model.sampler.score_frames(
+            batch.frame_embed.float(),
+            batch.text_embed,
+            batch.tokens,
+            batch.token_mask,
+            batch.times,
+            batch.frame_mask,
+        )
+
+    def _evidence_sum(self, batch: Batch, scores: Tensor) -> Tensor:
+        mask = batch.frame_mask
+        if mask is not None:
+            mask = mask.repeat_interleave(len(batch.rows) // len(mask), dim=0)
+        return evidence_loss(scores, batch.needed, self.evidence_scale, mask)
+
     def _look(
-        self, batch: Batch, text_embed: Tensor, tokens: Tensor, mask: Tensor, view: int
+        self,
+        batch: Batch,
+        text_embed: Tensor,
+        tokens: Tensor,
+        mask: Tensor,
+        view: int,
+        phase: PhaseConfig | None = None,
     ) -> VideoDistillOutput:
+        pick = self.model.config.pick
+        if phase is not None and phase.pick is not None:
+            pick = phase.pick
+        first = phase is not None and phase.evidence_first
         return self.model(
             batch.frame_embed.float(),
             batch.patches.float(),
@@ -179,9 +211,11 @@ class Objective(nn.Module):
             mask,
             frame_mask=batch.frame_mask,
             times=batch.times,
-            pick=min(self.model.config.pick, batch.times.shape[1]),
+            pick=min(pick, batch.times.shape[1]),
             seed=batch.seed + view,
             row_offset=batch.row_offset,
+            # Above any score: these have variance 1 over a video's frames.
+            score_bias=10.0 * batch.needed if first else None,
         )
 
     def _pair_losses(

@@ -108,6 +108,13 @@ def read_material(
             f"{data.path}: without steps the model is only measured, and no question of split "
             f"{data.val} has an answer and features of its video in {data.features}"
         )
+    told = config.losses.evidence or any(p.evidence_first for p in config.phases.values())
+    grounded = any(question.evidence or question.context for question in train.asked)
+    if config.steps and told and not grounded:
+        raise UserError(
+            f"{data.path}: no question of split {data.train} has evidence, as losses.evidence and "
+            "evidence_first of phases need it: drop these"
+        )
     _check_sizes(features, (train.asked or val.asked)[:1], encoder, data.features)
     vocabulary = [] if pretraining else _vocabulary(config, dataset, train.asked)
     for name, split in (("train", train), ("validation", val)):

@@ -43,7 +43,7 @@ from videodistill.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from videodistill.training.config import TrainConfig
+from videodistill.training.config import Phase, PhaseConfig, TrainConfig
 from videodistill.training.dataset import Batch, Examples, Plan, load_batches
 from videodistill.training.losses import Objective
 from videodistill.training.material import Material, make_examples, make_model, read_material
@@ -220,7 +220,11 @@ def _open_features(config: TrainConfig, encoder: ImageTextEncoder) -> Mapping[st
 
 
 def _refuse_changes(config: TrainConfig, state: Mapping[str, Any], found: Path) -> None:
-    now, before = _flat(json.loads(json.dumps(asdict(config)))), _flat(state["config"])
+    now, before = (
+        # The order of phases counts, too.
+        _flat(values) | {"phases": list(values.get("phases", ()))}
+        for values in (json.loads(json.dumps(asdict(config))), state["config"])
+    )
     changed = [
         f"{key} {_shown(before, key)}, now {_shown(now, key)}"
         for key in sorted(now.keys() | before.keys())
@@ -273,6 +277,8 @@ class _Run:
         self.wrapped = accelerator.prepare(self.objective)
         self.clipped, self.optimiser = _optimiser(self.objective, config)
         self.progress = _Progress()
+        self.phase: PhaseConfig | None = None
+        """That it is in, of a run that has phases."""
         self.metrics: dict[str, float] = {}
 
     def all_steps(self, examples: Examples | None, parts: int) -> TrainResult:
@@ -350,9 +356,13 @@ class _Run:
     ) -> float | None:
         """One step of the optimiser; its loss where that is logged."""
         config, step = self.config, self.progress.step
-        share = config.optimiser.share(step, config.steps)
+        phase = config.phase_at(step)
+        if config.phases and (step == phase.first or self.phase is None):
+            self._begin(phase)
+        share = config.optimiser.share(step - phase.first, phase.steps)
         for group in self.optimiser.param_groups:
-            group["lr"] = group["full_lr"] * share
+            full = getattr(phase.settings, group["part"]) * config.optimiser.learning_rate
+            group["lr"] = full * share
         for name in ("sigma", "temperature"):
             schedule = getattr(config.curriculum, name)
             if schedule is not None:
@@ -360,7 +370,8 @@ class _Run:
         self.wrapped.train()
         self.optimiser.zero_grad(set_to_none=True)
         sums: dict[str, float | Tensor] = defaultdict(float)
-        for number, batch in enumerate(batches):
+        wanted = self._wanted(batches[0].totals)
+        for number, batch in enumerate(batches if wanted else ()):
             waits = number < len(batches) - 1
             with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
                 losses, _ = self._losses(batch)
@@ -368,9 +379,8 @@ class _Run:
                     (self.weights[name] / batch.totals[name] * value)
                     for name, value in losses.items()
                 )
-                if isinstance(loss, Tensor):
-                    # Gradients are averaged over processes, while these losses are parts of a sum.
-                    self.accelerator.backward(loss * self.accelerator.num_processes)
+                # Gradients are averaged over processes, while these losses are parts of a sum.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
             for name, value in losses.items():
                 sums[name] += value.detach() / batch.totals[name]
         norms = [
@@ -384,7 +394,7 @@ class _Run:
         self.optimiser.step()
         self.progress.step += 1
         if self.progress.step % config.log_every == 0 or self.progress.step == config.steps:
-            means = self._over_processes(sums, batches[0].totals)
+            means = self._over_processes(sums, wanted)
             total = sum(self.weights[name] * value for name, value in means.items())
             files.write(
                 self.progress.step,
@@ -394,6 +404,7 @@ class _Run:
                     "learning_rate": config.optimiser.learning_rate * share,
                     "sigma": self.model.config.sigma,
                     "temperature": self.model.config.temperature,
+                    **({"phase": list(config.phases).index(phase.name)} if self.phase else {}),
                     "gradient_norm": float(norm),
                     "epoch": step * config.batch.videos / self.plan.chunks,
                     "seconds": time.perf_counter() - began,
@@ -402,6 +413,16 @@ class _Run:
             )
             return total
         return None
+
+    def _begin(self, phase: Phase) -> None:
+        """Let the parts of the model learn that do so in a phase, the others rest."""
+        self.phase = phase.settings
+        for group in self.optimiser.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(getattr(phase.settings, group["part"]) > 0)
+        if self.progress.step == phase.first:
+            self.optimiser.state.clear()
+            self.log(f"phase {phase.name}: {phase.steps} steps")
 
     def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         device = self.accelerator.device
@@ -412,13 +433,18 @@ class _Run:
         if self.encoder is not None:
             masked_text = self.encoder.encode_ids(batch.pairs.masked_ids)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return self.wrapped(batch, masked_text)
+            return self.wrapped(batch, masked_text, self.phase if self.wrapped.training else None)
 
-    def _over_processes(
-        self, sums: Mapping[str, Any], totals: Mapping[str, int]
-    ) -> dict[str, float]:
-        """Sums over all processes, of the losses that the whole batch has questions for."""
+    def _wanted(self, totals: Mapping[str, int]) -> list[str]:
+        """The losses of this step, all of which the whole batch has questions for."""
         names = [name for name, count in totals.items() if count and self.weights[name]]
+        if self.phase is None:
+            return names
+        shares = {name: self.phase.others for name in names} | {"evidence": self.phase.sampler}
+        return [name for name in names if shares[name]]
+
+    def _over_processes(self, sums: Mapping[str, Any], names: list[str]) -> dict[str, float]:
+        """Sums over all processes."""
         device = self.accelerator.device
         values = torch.tensor([float(sums.get(name, 0.0)) for name in names], device=device)
         return dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
@@ -431,7 +457,7 @@ class _Run:
         return bool(self.accelerator.reduce(value, "sum") > 0)
 
     def _not_finite(self, step: int) -> str:
-        rate = self.optimiser.param_groups[0]["lr"]
+        rate = max(group["lr"] for group in self.optimiser.param_groups)
         found = newest_checkpoint(self.out / "checkpoints")
         kept = f"{found} is the last good checkpoint" if found else "no checkpoint was written yet"
         return (
@@ -523,7 +549,8 @@ class _Run:
         sign = -1 if metric == "loss" else 1
         no_better = progress.best is not None and sign * value <= sign * progress.best
         if no_better or not math.isfinite(value):
-            progress.worse += 1
+            # The parts that answers need most may be at rest until the last phase.
+            progress.worse += progress.step > self.config.all_phases()[-1].first
             return
         progress.best, progress.best_step, progress.worse = value, progress.step, 0
         self._export(self.metrics)
@@ -568,13 +595,13 @@ def _optimiser(
     known = {id(parameter) for parameter in sampler}
     others = [p for p in objective.parameters() if id(p) not in known]
     groups = []
-    for parameters, share in ((sampler, settings.sampler_share), (others, 1.0)):
+    for part, parameters in (("sampler", sampler), ("others", others)):
         for decayed in (True, False):
             groups.append(
                 {
                     "params": [p for p in parameters if (p.ndim >= 2) == decayed],
                     "weight_decay": settings.weight_decay if decayed else 0.0,
-                    "full_lr": share * settings.learning_rate,
+                    "part": part,
                 }
             )
     optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)

@@ -34,6 +34,15 @@ PRETRAINING = (
 )
 
 
+PHASES = (
+    "losses.evidence=0.3",
+    "optimiser.warmup=1",
+    "phases.thinking={steps: 4, others: 0}",
+    "phases.observing={steps: 4, sampler: 0, pick: 1, evidence_first: true}",
+    "phases.answering={sampler: 0.1, others: 0.5}",
+)
+
+
 @dataclass(eq=False)
 class Features:
     """As the feature cache gives them for a video."""
@@ -88,6 +97,16 @@ def write_dataset(folder: Path, videos: int = 7) -> list[str]:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(text)
     return names
+
+
+def ground(folder: Path) -> None:
+    """Give every third question of train.jsonl evidence."""
+    file = folder / "train.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        if number % 3 == 0:
+            row["evidence"] = [[2.5 + number % 2, 6.0]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_encoder(folder: Path) -> Path:

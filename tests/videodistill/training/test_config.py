@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from videodistill.errors import UserError
-from videodistill.training.config import OptimiserConfig, Schedule, read_config
+from videodistill.training.config import OptimiserConfig, PhaseConfig, Schedule, read_config
 
 BASE = """
 out: runs/one
@@ -102,6 +102,62 @@ def test_a_wrong_override_is_named(file: Path, override: str, told: str) -> None
     with pytest.raises(UserError) as error:
         read_config(file, [override])
     assert told in str(error.value)
+
+
+PHASES = """
+steps: 50
+losses: {evidence: 0.3}
+optimiser: {warmup: 5}
+phases:
+  thinking: {steps: 10, others: 0}
+  observing: {steps: 20, sampler: 0, pick: 1, evidence_first: true}
+  answering:
+"""
+
+
+def test_phases_follow_one_another(file: Path) -> None:
+    (alone,) = read_config(file, ["optimiser.sampler_share=0.2"]).all_phases()
+    assert alone == ("", PhaseConfig(sampler=0.2), 0, 20000)
+    file.write_text(BASE + PHASES)
+    config = read_config(file, ["phases.observing.steps=25", "phases.answering.others=0.5"])
+    assert config.all_phases() == [
+        ("thinking", PhaseConfig(steps=10, others=0), 0, 10),
+        ("observing", PhaseConfig(steps=25, sampler=0, pick=1, evidence_first=True), 10, 25),
+        ("answering", PhaseConfig(others=0.5), 35, 15),
+    ]
+    names = [config.phase_at(step).name for step in (0, 9, 10, 34, 35, 49)]
+    assert names == ["thinking"] * 2 + ["observing"] * 2 + ["answering"] * 2
+    assert read_config(file, ["steps=0"]).steps == 0, "what is only measured needs no phases"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("phases.thinking.stepz=1", "phases.thinking.stepz: no such key; did you mean steps?"),
+        ("phases.thinking=3", "phases.thinking: holds 3, where keys are expected"),
+        ("phases=[1]", "phases: holds [1], where keys are expected"),
+        ("phases.thinking.steps=0", "phases.thinking: steps must be at least 1"),
+        ("phases.thinking.sampler=0", "phases.thinking: sampler and others are both 0"),
+        ("phases.thinking.pick=2", "phases.thinking: the sampler alone chooses no frames"),
+        ("phases.observing.sampler=-1", "phases.observing: sampler must be at least 0"),
+        ("phases.observing.pick=33", "phases.observing.pick: is 33, of 32 candidates"),
+        ("phases.observing.steps=null", "phases.observing.steps: is missing: only the last"),
+        ("phases.answering={steps: 20}", "phases.answering.steps: the last phase takes what is"),
+        ("phases.answring={others: 1}", "phases.answering.steps: is missing: only the last phase"),
+        ("steps=30", "steps: 30 leave none for phase answering, as those before it take 30"),
+        ("optimiser.warmup=10", "optimiser.warmup: 10 steps are all of phase thinking"),
+        ("optimiser.sampler_share=0.1", "optimiser.sampler_share: each of phases says this"),
+        ("losses.evidence=0", "phases.thinking.others: is 0, so that evidence alone"),
+        ("losses={answer: 0, choice: 0, evidence: 1}", "phases.observing.sampler: is 0, and"),
+        ("losses={answer: 0, choice: 0, matching: 1}", "phases: pretraining has none"),
+        ("model.frame_choice=uniform", "phases.thinking: model.frame_choice uniform leaves the"),
+    ],
+)
+def test_phases_that_make_no_sense_are_refused(file: Path, override: str, told: str) -> None:
+    file.write_text(BASE + PHASES)
+    with pytest.raises(UserError) as error:
+        read_config(file, [override])
+    assert f": {told}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_keys_and_files_are_named(file: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.videodistill.training import small
 from videodistill.data.record import Question
 from videodistill.encoders import ImageTextEncoder
 from videodistill.model import VideoDistill
-from videodistill.training.config import BatchConfig, LossConfig
+from videodistill.training.config import BatchConfig, LossConfig, PhaseConfig
 from videodistill.training.dataset import (
     Batch,
     Examples,
@@ -208,3 +208,39 @@ def test_a_part_without_choices_joins_in_the_loss_of_those_with_some(
     assert sums["choice"].requires_grad and guesses.shape == (3,)
     alone, _ = objective(examples.batch(chunks[4:], slice(0, 1), seed=7))
     assert alone.keys() == {"answer"}
+
+
+def test_a_phase_decides_which_frames_are_chosen_and_what_is_looked_at(
+    examples: Examples, small_encoder: ImageTextEncoder
+) -> None:
+    settings = {"width": 16, "heads": 2, "pick": 3, "answers": ["red", "blue"]}
+    model = VideoDistill.for_encoder(small_encoder, **settings)
+    objective = Objective(model, LossConfig(evidence=0.3), words=10)
+    batch = whole(examples)
+    chosen: list[torch.Tensor] = []
+    model.refiner.register_forward_pre_hook(lambda _, given: chosen.append(given[2]))
+    rows = batch.needed.any(1)
+    at = batch.times.repeat_interleave(len(rows) // len(batch.times), dim=0)
+    assert rows.any()
+
+    def losses(phase: PhaseConfig | None) -> dict[str, torch.Tensor]:
+        return objective(batch, None, phase)[0]
+
+    usual, told = losses(None), losses(PhaseConfig(pick=1, evidence_first=True))
+    assert usual.keys() == told.keys() == {"answer", "choice", "evidence"}
+    assert usual["evidence"] == told["evidence"], "scores are what they were"
+    assert chosen[0].shape == (len(rows), 3) and chosen[1].shape == (len(rows), 1)
+    best = (batch.needed == 4) & (at == chosen[1])
+    assert best.any(1)[rows].all(), "evidence goes before context"
+    hard = VideoDistill.for_encoder(small_encoder, **settings, sampling="hard")
+    hard.load_state_dict(model.state_dict())
+    free = Objective(hard, LossConfig(), words=10)
+    hard.refiner.register_forward_pre_hook(lambda _, given: chosen.append(given[2]))
+    free(batch), free(batch, None, PhaseConfig(evidence_first=True))
+    assert torch.equal(chosen[2][~rows], chosen[3][~rows]), "without evidence as ever"
+
+    assert losses(PhaseConfig(sampler=0)).keys() == {"answer", "choice"}
+    del chosen[:]
+    alone, guesses = objective(batch, None, PhaseConfig(others=0))
+    assert alone.keys() == {"evidence"} and alone["evidence"] == usual["evidence"]
+    assert not chosen and (guesses == -1).all()

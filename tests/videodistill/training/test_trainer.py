@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -262,9 +263,97 @@ def test_a_run_can_begin_with_another_ones_model(
         )
 
 
+def test_parts_learn_in_phases(
+    configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    small.ground(dataset)
+    config = configure("run", *small.PHASES, "save_every=1", "validation.every=100")
+    after: dict[int, dict[str, torch.Tensor]] = {}
+    lines: list[str] = []
+
+    def note(line: str) -> None:
+        lines.append(line)
+        step = re.match(r"step (\d+)/", line)
+        if step and step[1] != "1":
+            after[int(step[1]) - 1] = weights(Path(config.out))
+
+    train(config, features=features, encoder=small_encoder, log=note)
+    after[12] = weights(Path(config.out))
+    assert [line for line in lines if line.startswith("phase")] == [
+        *("phase thinking: 4 steps", "phase observing: 4 steps", "phase answering: 4 steps")
+    ]
+
+    def moved(first: int, last: int) -> set[str]:
+        """Parts whose weights differ between two steps."""
+        names = [name for name in after[first] if "/" not in name]
+        differ = {n for n in names if not torch.equal(after[first][n], after[last][n])}
+        return {".".join(name.split(".")[:2]) for name in differ}
+
+    thinking = {"model.sampler", "evidence_scale"}
+    others = {"model.refiner", "model.answering"}
+    assert moved(1, 4) == thinking
+    assert moved(4, 8) == others
+    assert moved(8, 12) == thinking | others
+    counts = {name: int(value) for name, value in after[12].items() if name.endswith("/step")}
+    assert max(counts.values()) == 4, "moments begin anew with each phase"
+    logged = [line for line in curve(Path(config.out)) if line["kind"] == "train"]
+    assert [line["phase"] for line in logged] == [0] * 4 + [1] * 4 + [2] * 4
+    told = [{name for name in line if name.startswith("loss/")} for line in logged]
+    answers = {"loss/answer", "loss/choice"}
+    expected = ({"loss/evidence"}, answers, answers | {"loss/evidence"})
+    for phase, names in enumerate(expected):
+        assert set.union(*told[4 * phase : 4 * phase + 4]) == names
+    assert [line["learning_rate"] for line in logged[:4]] == pytest.approx(
+        [0.003, 0.003, 0.001515, 0.00003]
+    )
+    rates = [line["learning_rate"] for line in logged]
+    assert rates[:4] == rates[4:8] == rates[8:]
+
+
+@pytest.mark.parametrize("last", [3, 4, 6])
+def test_a_run_goes_on_within_and_between_phases(
+    last: int, configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith(f"step {last}/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    small.ground(dataset)
+    straight, broken = configure("straight", *small.PHASES), configure("broken", *small.PHASES)
+    train(straight, features=features, encoder=small_encoder, log=quiet)
+    result = train(broken, features=features, encoder=small_encoder, log=interrupt)
+    assert (result.step, result.ended) == (last, "interrupted")
+    result = train(broken, features=features, encoder=small_encoder, resume=True, log=quiet)
+    assert (result.step, result.ended) == (12, "complete")
+    assert curve(Path(broken.out)) == curve(Path(straight.out))
+    assert same(weights(Path(broken.out)), weights(Path(straight.out)))
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(UserError) as error:
+            config = configure("broken", *overrides)
+            train(config, features=features, encoder=small_encoder, resume=True, log=quiet)
+        return str(error.value)
+
+    assert "phases.observing.pick 1, now 2" in refused(*small.PHASES, "phases.observing.pick=2")
+    swapped = (*small.PHASES[:2], small.PHASES[3], small.PHASES[2], small.PHASES[4])
+    assert 'phases ["thinking", "observing", "answering"], now ["observing", ' in refused(*swapped)
+
+
+def test_patience_begins_with_the_last_phase(
+    configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    small.ground(dataset)
+    validation = "validation={every: 2, metric: loss, patience: 1}"
+    config = configure("run", *small.PHASES, "optimiser.learning_rate=0", validation)
+    result = train(config, features=features, encoder=small_encoder, log=quiet)
+    assert (result.step, result.ended, result.best_step) == (10, "early", 2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
+        (["losses.evidence=0.3"], "no question of split train has evidence, as losses.evidence"),
+        (["phases={a: {evidence_first: true}}"], "no question of split train has evidence"),
         (["batch.accumulate=3"], "batch.videos 4 cannot be shared"),
         (["data.train=trian"], "no split trian of your own data; it has train, val"),
         (["validation.metric=acc"], "no acc of your own data; there are choice, open, all, loss"),
