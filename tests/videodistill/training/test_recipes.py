@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 GIVEN = ("data.path=annotations", "data.features=features")
 WANTED = {
     *("nextqa", "msvd", "msrvtt", "activitynet", "egotaskqa-direct", "egotaskqa-indirect"),
-    *("agqa", "star", "egoschema", "pretrain"),
+    *("agqa", "star", "egoschema", "grounded", "pretrain"),
 }
 VIT_L_14 = {"embed_dim": 768, "patch_dim": 1024, "token_dim": 768, "patch_grid": (16, 16)}
 
