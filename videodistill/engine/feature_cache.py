@@ -397,6 +397,8 @@ class _Writer:
         unfinished.mkdir(exist_ok=True)
         try:
             save_file(tensors, unfinished / shard, metadata)
+            # safetensors lets nobody else read what it writes.
+            shutil.copymode(self._path, unfinished / shard)
             os.replace(unfinished / shard, self._folder / shard)
         except SafetensorError as error:
             told = re.search(r"os error (\d+)", str(error))

@@ -55,6 +55,8 @@ def save_checkpoint(
         save_file(_optimiser_tensors(module, optimiser), partial / "optimiser.safetensors")
         (partial / "state.json").write_text(to_json({"step": step, **state}), encoding="utf-8")
         for file in partial.iterdir():
+            # safetensors lets nobody else read what it writes.
+            shutil.copymode(partial / "state.json", file)
             sync(file)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
@@ -133,5 +135,6 @@ def export_model(model: VideoDistill, folder: Path, record: Mapping[str, Any]) -
         record_file = Path(temporary) / "training.json"
         record_file.write_text(to_json(dict(record)), encoding="utf-8")
         for name in ("config.json", "model.safetensors", "training.json"):
+            shutil.copymode(record_file, Path(temporary) / name)
             sync(Path(temporary) / name)
             os.replace(Path(temporary) / name, folder / name)

@@ -127,6 +127,12 @@ def test_others_can_read_it_in_a_few_lines(extract: Callable, out: Path) -> None
         )
 
 
+def test_those_who_may_read_the_index_may_read_the_features(extract: Callable, out: Path) -> None:
+    extract()
+    modes = {(out / name).stat().st_mode for name in shards(out)}
+    assert modes == {(out / "index.jsonl").stat().st_mode}
+
+
 def test_a_second_run_finds_its_work_done(
     extract: Callable, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from videodistill.errors import UserError
+from videodistill.model import VideoDistill, VideoDistillConfig
 from videodistill.training import checkpoint
 from videodistill.training.checkpoint import (
+    export_model,
     load_checkpoint,
     newest_checkpoint,
     read_state,
@@ -40,6 +42,16 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
         assert state.keys() == loaded.keys()
         assert all(torch.equal(state[key], loaded[key]) for key in state)
     assert not other_optimiser.state.get(other[1].weight)
+
+
+def test_those_who_may_read_one_file_may_read_all(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    folder = save_checkpoint(tmp_path / "checkpoints", 1, *made(), {})
+    settings = {"embed_dim": 4, "patch_dim": 4, "token_dim": 4, "width": 8, "heads": 2}
+    export_model(VideoDistill(VideoDistillConfig(**settings)), tmp_path / "best", {})
+    files = [*folder.iterdir(), *(tmp_path / "best").iterdir()]
+    assert len(files) == 6
+    assert {file.stat().st_mode for file in files} == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_the_newest_whole_one_counts_and_older_ones_go(tmp_path: Path) -> None:
