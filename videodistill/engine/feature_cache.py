@@ -129,6 +129,10 @@ class FeatureCache:
             raise UserError(f"{printable(name)}: {reason}")
         return self._read(self._content[name])
 
+    def checksum(self, name: str) -> int:
+        """CRC-32 of a video's features, as it was noted when they were written."""
+        return self._stored[self._content[name]].crc32
+
     def verify(self) -> None:
         """Read everything and compare it with its checksums.
 

@@ -17,6 +17,7 @@ from videodistill.data.files import read_lines
 from videodistill.data.record import Question
 from videodistill.data.vocabulary import ceiling, commonest_answers, read_vocabulary
 from videodistill.encoders import ImageTextEncoder
+from videodistill.engine.feature_cache import FeatureCache
 from videodistill.engine.loading import check_pair, checkpoint_folder, load_head
 from videodistill.errors import UserError
 from videodistill.evaluation.predictions import Prediction
@@ -129,7 +130,10 @@ def read_material(
     digest = hashlib.sha256(json.dumps([encoder.fingerprint, vocabulary]).encode())
     for q in (*train.asked, *val.asked):
         fact = (q.question_id, q.video, q.question, q.answer, q.choices, q.interval, q.evidence)
-        digest.update(json.dumps(fact).encode())
+        digest.update(json.dumps((*fact, q.context)).encode())
+    if isinstance(features, FeatureCache):
+        videos = dict.fromkeys(q.video for q in (*train.asked, *val.asked))
+        digest.update(json.dumps([features.checksum(video) for video in videos]).encode())
     wups: dict[str, Any] = {}
     if RULES[dataset.rule].by_wups and val.asked:
         stop_words = read_lines(found[data.val or data.train].with_name("stopwords.txt"))

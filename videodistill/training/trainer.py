@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from videodistill.encoders import ImageTextEncoder, load_encoder
+from videodistill.engine.feature_cache import FeatureCache
 from videodistill.errors import UserError
 from videodistill.model import VideoDistill
 from videodistill.training.checkpoint import (
@@ -214,8 +215,6 @@ def _no_log(line: str) -> None:
 
 
 def _open_features(config: TrainConfig, encoder: ImageTextEncoder) -> Mapping[str, Any]:
-    from videodistill.engine.feature_cache import FeatureCache
-
     return FeatureCache.open(Path(config.data.features), encoder_fingerprint=encoder.fingerprint)
 
 

@@ -114,6 +114,10 @@ def test_from_videos_to_answers(run_file: Path, tmp_path: Path) -> None:
     assert "holds a run of 3 steps; go on with --resume" in told
     told = call("train", str(run_file), "steps=4", "--resume", status=2)
     assert "was trained with steps 3, now 4" in told
+    others = str(tmp_path / "others")
+    call("extract", "own", str(annotations), "--out", others, "--frames", "7", "--workers", "1")
+    told = call("train", str(run_file), f"data.features={others}", "--resume", status=2)
+    assert "was trained on other questions, answers or features than there are now" in told
     answer = call(
         *("answer", str(ASSETS / "sample.mp4"), "what shape turns blue?", "--json"),
         *("--checkpoint", str(out / "best")),
