@@ -23,6 +23,7 @@ import videodistill
 from tests.videodistill.training import small
 from videodistill.errors import UserError
 from videodistill.training import checkpoint
+from videodistill.training.material import read_material
 from videodistill.training.trainer import train
 
 
@@ -160,6 +161,20 @@ def test_a_run_is_only_resumed_on_request_and_as_it_was(
     (dataset / "train.jsonl").write_text(lines)
     with pytest.raises(UserError, match="was trained on other questions"):
         start()
+
+
+def test_what_evidence_follows_from_decides_whether_a_run_is_the_same(
+    configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    asked = {"question_id": 1, "interval": "v1|fpv1|0|9", "video": "v1.mp4", "question": "what?"}
+    asked |= {"answer": "red", "reasoning_type": "query"}
+    stretches = ({}, {"evidence": [[1, 2]]}, {"context": [[1, 2]]}, {"context": [[1, 3]]})
+    digests = set()
+    for more in stretches:
+        (dataset / "train_qas.json").write_text(json.dumps([asked | more]))
+        config = configure("run", "data.dataset=egotaskqa", "data.val=null")
+        digests.add(read_material(config, features, small_encoder, quiet).digest)
+    assert len(digests) == len(stretches)
 
 
 @pytest.mark.parametrize(
