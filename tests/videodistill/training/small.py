@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from tests.videodistill.tiny import tiny_clip
+from videodistill.encoders import ImageTextEncoder
+from videodistill.engine import feature_cache
 from videodistill.training.config import TrainConfig, read_config
 
 WIDTH, SIDE = 32, 2
@@ -66,6 +68,19 @@ def features_of(videos: list[str], frames: int = 8) -> dict[str, Features]:
             10.0,
         )
     return found
+
+
+def write_cache(folder: Path, encoder: ImageTextEncoder, videos: list[str], frames: int) -> int:
+    """A feature cache of random features, in shards of one video; returns their bytes."""
+    folder.mkdir()
+    writer = feature_cache._Writer(folder, encoder.fingerprint, frames, print)
+    for number, video in enumerate(videos):
+        found = features_of([video], frames)[video]
+        values = found.frame_embed, found.patches, found.seconds.float(), found.duration
+        writer.add(str(number), feature_cache.VideoFeatures(*values))
+        writer.tell(video, feature_cache._Known(str(number), None, [0, 0]))
+        writer.flush()
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def question(number: int, video: str, kind: int) -> dict[str, Any]:
