@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from videodistill.training.dataset import Batch
 
 
+CONTEXT, EVIDENCE = 1, 4
+"""How much frames are needed that lead to those which show the answer, and these themselves."""
+
+
 def needed_frames(
     seconds: np.ndarray, context: Sequence[Stretch], evidence: Sequence[Stretch]
 ) -> np.ndarray:
-    """uint8 [N]: 4 for frames at ``seconds`` [N] that show the answer, 1 for those that lead to
-    them, else 0."""
+    """uint8 [N]: ``EVIDENCE`` for frames at ``seconds`` [N] that show the answer, ``CONTEXT`` for
+    those that lead to them, else 0."""
     needed = np.zeros(len(seconds), np.uint8)
-    for weight, stretches in ((1, context), (4, evidence)):
+    for weight, stretches in ((CONTEXT, context), (EVIDENCE, evidence)):
         for start, end in stretches:
             needed[(seconds >= start - 1e-3) & (seconds < end - 1e-3)] = weight
     return needed
@@ -107,6 +111,18 @@ class MaskedLanguageHead(nn.Module):
         return self.words(F.gelu(x[masked]))
 
 
+class Outcome(NamedTuple):
+    """What became of a batch of B rows."""
+
+    losses: dict[str, Tensor]
+    """By name, each a sum over the rows that it is about."""
+    guesses: Tensor
+    """int64 [B]: the number of a choice; for a question without choices, of an answer in the
+    vocabulary; -1 where there is neither."""
+    seen: Tensor
+    """bool [B]: whether one of the chosen frames shows the evidence."""
+
+
 class Objective(nn.Module):
     """A model with all that its training adds: the losses of a batch.
 
@@ -130,11 +146,8 @@ class Objective(nn.Module):
         batch: Batch,
         masked_text: tuple[Tensor, Tensor] | None = None,
         phase: PhaseConfig | None = None,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses by name, each a sum over the rows that it is about, and guesses int64 [B].
-
-        A guess is the number of a choice; for a question without choices, of an answer in the
-        vocabulary; -1 where there is neither.
+    ) -> Outcome:
+        """Look at the videos of a batch and compare what comes of it with what is known.
 
         Args:
             batch: On the model's device.
@@ -146,8 +159,10 @@ class Objective(nn.Module):
         if phase is not None and not phase.others:
             if batch.totals["evidence"]:
                 sums["evidence"] = self._evidence_sum(batch, self._scores(batch))
-            return sums, guesses
+            return Outcome(sums, guesses, torch.zeros_like(guesses, dtype=torch.bool))
         output = self._look(batch, batch.text_embed, batch.tokens, batch.token_mask, 0, phase)
+        shows = batch.needed == EVIDENCE
+        seen = shows.gather(1, output.sample.indices.clamp_min(0)) & output.sample.slot_mask
         if self.model.config.answers:
             logits = self.model.vocabulary_logits(output.answer_embed).float()
             guesses = logits.argmax(-1)
@@ -172,7 +187,7 @@ class Objective(nn.Module):
             sums["evidence"] = self._evidence_sum(batch, output.scores)
         if batch.pairs is not None:
             sums |= self._pair_losses(batch, output, masked_text)
-        return sums, guesses
+        return Outcome(sums, guesses, seen.any(1))
 
     def _scores(self, batch: Batch) -> Tensor:
         return self.model.sampler.score_frames(

@@ -40,6 +40,11 @@ class SplitQuestions:
     broken: list[Broken] = field(default_factory=list)
     """Annotations that cannot be read; of the validation split alone."""
 
+    @property
+    def grounded(self) -> int:
+        """How many questions have evidence."""
+        return sum(bool(question.evidence) for question in (*self.asked, *self.unseen))
+
 
 @dataclass
 class Material:

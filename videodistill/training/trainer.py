@@ -46,11 +46,13 @@ from videodistill.training.checkpoint import (
 )
 from videodistill.training.config import Phase, PhaseConfig, TrainConfig
 from videodistill.training.dataset import Batch, Examples, Plan, load_batches
-from videodistill.training.losses import Objective
+from videodistill.training.losses import Objective, Outcome
 from videodistill.training.material import Material, make_examples, make_model, read_material
 from videodistill.training.progress import LogFiles, show_progress, stop_asked
 
 Log = Callable[[str], None]
+
+_RECALL = "evidence recall"
 
 _CHANGEABLE = {
     *("out", "encoder", "data.path", "data.features", "data.answers", "data.workers"),
@@ -373,7 +375,7 @@ class _Run:
         for number, batch in enumerate(batches if wanted else ()):
             waits = number < len(batches) - 1
             with self.accelerator.no_sync(self.wrapped) if waits else nullcontext():
-                losses, _ = self._losses(batch)
+                losses = self._outcome(batch).losses
                 loss = sum(
                     (self.weights[name] / batch.totals[name] * value)
                     for name, value in losses.items()
@@ -423,7 +425,7 @@ class _Run:
             self.optimiser.state.clear()
             self.log(f"phase {phase.name}: {phase.steps} steps")
 
-    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def _outcome(self, batch: Batch) -> Outcome:
         device = self.accelerator.device
         batch = batch.to(device)
         # "random" frames are drawn by torch's own generator.
@@ -473,7 +475,7 @@ class _Run:
             raise UserError(
                 f"validation.metric {metric}: pretraining gives no answers; set it to loss"
             )
-        known = self.material.score({}).metrics
+        known = [*self.material.score({}).metrics, *self._recall(())]
         if metric not in known:
             raise UserError(
                 f"validation.metric: no {metric} of {self.material.dataset.title}; there are "
@@ -500,16 +502,17 @@ class _Run:
             pin=accelerator.device.type == "cuda",
         )
         self.wrapped.eval()
-        answers: list[tuple[int, int]] = []
+        answers: list[tuple[int, int, bool]] = []
         sums: dict[str, float] = defaultdict(float)
         totals: dict[str, int] = defaultdict(int)
         wrapped, self.wrapped = self.wrapped, self.objective  # no gradients to exchange
         for batch in loader:
-            losses, guesses = self._losses(batch)
-            for name, value in losses.items():
+            outcome = self._outcome(batch)
+            for name, value in outcome.losses.items():
                 sums[name] += float(value)
                 totals[name] += batch.totals[name]
-            answers += zip(batch.rows.tolist(), guesses.tolist(), strict=True)
+            columns = batch.rows, outcome.guesses, outcome.seen
+            answers += zip(*(column.tolist() for column in columns), strict=True)
         self.wrapped = wrapped
         if accelerator.num_processes > 1:
             answers = gather_object(answers)
@@ -526,15 +529,26 @@ class _Run:
                 name: metric.percent
                 for name, metric in self.material.score(self._texts(answers)).metrics.items()
             }
+            self.metrics |= self._recall(answers)
         files.write(self.progress.step, self.metrics, "validation")
-        shown = self.config.validation.metric
-        self.log(f"step {self.progress.step}: validation {shown} {self.metrics[shown]:.4g}")
+        shown = {self.config.validation.metric: None, _RECALL: None}
+        told = (f"{name} {self.metrics[name]:.4g}" for name in shown if name in self.metrics)
+        self.log(f"step {self.progress.step}: validation {', '.join(told)}")
         self._keep_best()
 
-    def _texts(self, answers: Iterable[tuple[int, int]]) -> dict[str, int | str]:
-        """Answers by question id, of (row, guess)."""
+    def _recall(self, answers: Iterable[tuple[int, int, bool]]) -> dict[str, float]:
+        """Percent of the validation questions with evidence that have a chosen frame in it."""
+        grounded = self.material.val.grounded
+        if not grounded:
+            return {}
+        asked = self.material.val.asked
+        seen = sum(seen for row, _, seen in answers if row >= 0 and asked[row].evidence)
+        return {_RECALL: 100 * seen / grounded}
+
+    def _texts(self, answers: Iterable[tuple[int, int, bool]]) -> dict[str, int | str]:
+        """Answers by question id, of (row, guess, seen)."""
         texts: dict[str, int | str] = {}
-        for row, guess in answers:
+        for row, guess, _ in answers:
             if row < 0 or guess < 0:
                 continue
             question = self.material.val.asked[row]

@@ -422,6 +422,24 @@ def test_what_cannot_be_used_is_told_and_counts_as_wrong(
         train(configure("twice"), features=features, encoder=small_encoder, log=quiet)
 
 
+def test_validation_tells_how_often_evidence_was_seen(
+    configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    evidence = ([[0, 10]], [[0.01, 0.02]], [], [[1, 2], [5, 10]], [[0, 10]])
+    rows = [small.question(n, "v6.mp4", 1) | {"evidence": e} for n, e in enumerate(evidence)]
+    rows[4]["video"] = "gone.mp4"
+    (dataset / "val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("steps=1", "model.frame_choice=uniform", "model.pick=1")
+    lines: list[str] = []
+    config = configure("run", *settings, "validation.metric=evidence recall")
+    result = train(config, features=features, encoder=small_encoder, log=lines.append)
+    assert result.metrics["evidence recall"] == result.best == 50.0, "the first and the fourth"
+    assert "step 1: validation evidence recall 50" in lines
+    lines.clear()
+    train(configure("x", *settings), features=features, encoder=small_encoder, log=lines.append)
+    assert any("validation all" in line and "evidence recall 50" in line for line in lines)
+
+
 def test_features_of_another_encoder_are_refused(
     configure: Any, features: Any, small_encoder: Any
 ) -> None:
