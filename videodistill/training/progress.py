@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,12 +108,23 @@ class LogFiles:
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def __enter__(self) -> LogFiles:
+        before = self._hook = threading.excepthook
+
+        def hook(failed: threading.ExceptHookArgs) -> None:
+            # TensorBoard's thread hands a full disk on to this one, which tells it in one line.
+            if not isinstance(failed.exc_value, OSError):
+                before(failed)
+
+        threading.excepthook = hook
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._lines.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+                self._lines.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 @contextmanager

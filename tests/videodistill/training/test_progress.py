@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from videodistill.training.progress import LogFiles, show_progress, stop_asked
 
@@ -48,6 +51,33 @@ def test_logs_are_cut_where_a_run_goes_on(tmp_path: Path) -> None:
         (3, "train"),
     ]
     assert lines[-1]["loss"] == 9.0
+
+
+def test_a_full_disk_is_told_by_one_thread_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="No space left"),
+        LogFiles(tmp_path, 0, True) as files,
+    ):
+        patch.setattr(RecordWriter, "write", full)
+        for step in range(1, 1000):
+            files.write(step, {"loss": 1.0})
+            time.sleep(0.01)
+    assert told == []
+    assert threading.excepthook == told.append
+    with LogFiles(tmp_path, 0, True):
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+    assert len(told) == 1, "whatever else fails is told"
 
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
