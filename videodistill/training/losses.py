@@ -229,8 +229,8 @@ class Objective(nn.Module):
             pick=min(pick, batch.times.shape[1]),
             seed=batch.seed + view,
             row_offset=batch.row_offset,
-            # Above any score: these have variance 1 over a video's frames.
-            score_bias=10.0 * batch.needed if first else None,
+            # Above any score and noise: of N scores with variance 1 none is larger than sqrt(N).
+            score_bias=(10.0 + batch.times.shape[1]) * batch.needed if first else None,
         )
 
     def _pair_losses(

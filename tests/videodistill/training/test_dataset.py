@@ -35,14 +35,19 @@ QUESTIONS = [
 
 
 def examples_of(
-    encoder: ImageTextEncoder, folder: Path, *, frames: int = 6, pairs: bool = False
+    encoder: ImageTextEncoder,
+    folder: Path,
+    *,
+    frames: int = 6,
+    cached: int = 8,
+    pairs: bool = False,
 ) -> Examples:
     settings = PairSettings(0.3, encoder.max_tokens, (0, 1), 5) if pairs else None
     asked = list(dict.fromkeys(text_of(question, pairs) for question in QUESTIONS))
     choices = dict.fromkeys(f"it is {c}" for q in QUESTIONS for c in q.choices or ())
     return Examples(
         QUESTIONS,
-        small.features_of(["v0", "v1", "v2"]),
+        small.features_of(["v0", "v1", "v2"], cached),
         TextStore.make(folder / "texts", encoder, asked, list(choices)),
         ["red", "blue"],
         frames=frames,
@@ -244,3 +249,17 @@ def test_a_phase_decides_which_frames_are_chosen_and_what_is_looked_at(
     alone, guesses, _ = objective(batch, None, PhaseConfig(others=0))
     assert alone.keys() == {"evidence"} and alone["evidence"] == usual["evidence"]
     assert not chosen and (guesses == -1).all()
+
+
+def test_evidence_is_chosen_whatever_the_scores(
+    small_encoder: ImageTextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = VideoDistill.for_encoder(small_encoder, width=16, heads=2, answers=["red", "blue"])
+    batch = whole(examples_of(small_encoder, tmp_path, frames=2000, cached=2000))
+    scores = torch.zeros(len(batch.rows), 2000)
+    scores[:, -1] = 2000**0.5  # as far above the others as standardised scores can be
+    assert not batch.needed[:, -1].any()
+    monkeypatch.setattr(model.sampler, "score_frames", lambda *_: scores)
+    phase = PhaseConfig(pick=1, evidence_first=True)
+    seen = Objective(model, LossConfig(), words=10)(batch, None, phase).seen
+    assert torch.equal(seen, (batch.needed == 4).any(1)) and seen.any()
