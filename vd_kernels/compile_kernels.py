@@ -280,13 +280,16 @@ def launched(case: Case, arch: str) -> list[Launch]:
     return list({source(launch)[0].hash(): launch for launch in launches}.values())
 
 
-def compile_launch(case: Case, launch: Launch, arch: str) -> Usage:
-    """One kernel of those that a case launches, compiled for an architecture."""
+def compiled(launch: Launch, arch: str) -> CompiledKernel:
+    """A kernel as it would be launched on an architecture."""
     code, options = source(launch)
-    compiled = triton.compile(
-        code, target=TARGETS[arch], options={"enable_fp_fusion": True} | options
-    )
-    registers, spills, products = (_of_nvidia if arch.startswith("sm_") else _of_amd)(compiled)
+    return triton.compile(code, target=TARGETS[arch], options={"enable_fp_fusion": True} | options)
+
+
+def compile_launch(case: Case, launch: Launch, arch: str) -> Usage:
+    """What one kernel takes of those that a case launches."""
+    kernel = compiled(launch, arch)
+    registers, spills, products = (_of_nvidia if arch.startswith("sm_") else _of_amd)(kernel)
     return Usage(
         case.operator,
         launch.kernel.__name__.removesuffix("_kernel"),
@@ -294,28 +297,41 @@ def compile_launch(case: Case, launch: Launch, arch: str) -> Usage:
         str(case.dtype).removeprefix("torch."),
         case.sizes,
         arch,
-        options["num_warps"],
+        launch.settings["num_warps"],
         registers,
         spills,
-        compiled.metadata.shared,
+        kernel.metadata.shared,
         products,
     )
 
 
-def _of_nvidia(compiled: CompiledKernel) -> tuple[int, int, int]:
+def disassembled(kernel: CompiledKernel, *what: str) -> str:
+    """What NVIDIA's tool tells of a kernel: "-res-usage", "-sass"."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        told = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        return subprocess.check_output([tool, *what, file.name], text=True, stderr=subprocess.PIPE)
+
+
+def registers_and_spills(told: str) -> tuple[int, int]:
+    """Of a thread: registers, and bytes of its stack."""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
     registers, stack, local = map(int, found.groups())
-    products = re.findall(r"^\s*(?:mma\.sync|wgmma\.mma_async)", compiled.asm["ptx"], re.MULTILINE)
-    return registers, stack + local, len(products)
+    return registers, stack + local
 
 
-def _of_amd(compiled: CompiledKernel) -> tuple[int, int, int]:
-    text = compiled.asm["amdgcn"]
+def products(kernel: CompiledKernel) -> int:
+    """Instructions that multiply matrices, in the text for NVIDIA."""
+    return len(re.findall(r"^\s*(?:mma\.sync|wgmma\.mma_async)", kernel.asm["ptx"], re.MULTILINE))
+
+
+def _of_nvidia(kernel: CompiledKernel) -> tuple[int, int, int]:
+    return *registers_and_spills(disassembled(kernel, "-res-usage")), products(kernel)
+
+
+def _of_amd(kernel: CompiledKernel) -> tuple[int, int, int]:
+    text = kernel.asm["amdgcn"]
     registers, spills = (
         int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
         for name in ("vgpr_count", "vgpr_spill_count")
@@ -363,8 +379,6 @@ def _compile_one(i: int) -> Usage:
 # ---------------------------------------------------------------------------------------------
 # The table
 
-BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
-
 
 def table(usages: Iterable[Usage]) -> Iterator[str]:
     """As lines of Markdown, with the version of Triton, whose compiler the numbers are of."""
@@ -383,11 +397,14 @@ def row(u: Usage) -> str:
     )
 
 
-def rewritten(document: str, table: str) -> str:
-    """The document with the table between its marks."""
-    before, rest = document.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+def write(path: Path, name: str, lines: Iterable[str]) -> None:
+    """Writes lines into a document, between the marks that bear a name."""
+    before, begin, rest = path.read_text("utf-8").partition(f"<!-- {name}: begin -->\n")
+    _, end, after = rest.partition(f"<!-- {name}: end -->")
+    if not end:
+        raise ValueError(f"{path} has no marks for {name}")
+    text = "".join(f"{line}\n" for line in lines)
+    path.write_text(before + begin + text + end + after, "utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -407,8 +424,7 @@ def main(arguments: list[str]) -> int:
 
     lines = table(noted())
     if arguments and not everything:
-        path = Path(arguments[0])
-        path.write_text(rewritten(path.read_text("utf-8"), "\n".join(lines)), "utf-8")
+        write(Path(arguments[0]), "kernels", lines)
     else:
         for line in lines:
             print(line, flush=True)

@@ -608,7 +608,7 @@ def test_the_document_tells_of_nothing_else() -> None:
         for case in compile_kernels.covering()
         for launch in compile_kernels.launched(case, arch)
     ]
-    text = DOCUMENT.read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8").partition("<!-- kernels: begin -->")[2]
     assert sum(text.count(f"\n| {operator} ") for operator in OPERATORS) == len(kernels)
 
 
