@@ -416,7 +416,7 @@ _SM_80 = {
     # Products with a gradient are in tf32, whose operands take twice the registers.
     (True, torch.float16): {
         32: [Settings(64, 64, 4)],
-        64: [Settings(32, 32, 4), Settings(32, 64, 4), Settings(32, 32, 4)],
+        64: [Settings(32, 32, 4), Settings(32, 64, 4), Settings(32, 32, 4, 255)],
         128: [Settings(32, 32, 4), Settings(32, 32, 8)],
         256: [Settings(32, 32, 8), Settings(32, 16, 8)],
         512: [Settings(16, 16, 8)],
@@ -440,8 +440,10 @@ _SM_80[False, torch.float16] = _SM_80[False, torch.bfloat16]
 _GFX942 = _SM_80 | {
     (False, torch.bfloat16): _SM_80[False, torch.bfloat16] | {256: [Settings(64, 32, 8)]},
     (False, torch.float16): _SM_80[False, torch.float16] | {256: [Settings(64, 32, 8)]},
-    (True, torch.bfloat16): _SM_80[True, torch.bfloat16] | {256: [Settings(16, 16, 8)]},
-    (True, torch.float16): _SM_80[True, torch.float16] | {256: [Settings(16, 16, 8)]},
+    (True, torch.bfloat16): _SM_80[True, torch.bfloat16]
+    | {128: [Settings(32, 32, 4)], 256: [Settings(16, 16, 8)]},
+    (True, torch.float16): _SM_80[True, torch.float16]
+    | {128: [Settings(32, 32, 4)], 256: [Settings(16, 16, 8)]},
 }
 _TABLES = {
     "sm_80": _SM_80,  # and every GPU that is not named

@@ -698,7 +698,7 @@ class Tiled(NamedTuple):
 
 
 _WHOLE_SM_80 = {
-    # (backward, bytes of an element): size of a head: rows, padded: settings
+    # (backward, bytes of an element or dtype): size of a head: rows, padded: settings
     (False, 2): {
         16: {16: Whole(4, 4), 32: Whole(4, 4), 64: Whole(1, 4)},
         32: {16: Whole(4, 4), 32: Whole(4, 4), 64: Whole(1, 4)},
@@ -728,6 +728,11 @@ _WHOLE_SM_80 = {
         256: {16: Whole(1, 8)},
     },
 }
+# Products with a gradient are in tf32, whose operands take twice the registers.
+_WHOLE_SM_80[True, torch.float16] = _WHOLE_SM_80[True, 2] | {
+    64: {16: Whole(4, 4), 32: Whole(1, 4)},
+    128: {16: Whole(1, 4), 32: Whole(1, 8)},
+}
 _TILED_SM_80 = {
     # (kernel, bytes of an element): size of a head: settings, and those of calls with more to them
     ("forward", 2): {
@@ -741,7 +746,7 @@ _TILED_SM_80 = {
         16: (Tiled(64, 64, 4, 2), Tiled(32, 32, 4, 2)),
         32: (Tiled(64, 64, 4, 2), Tiled(32, 32, 4, 2, 200)),
         64: (Tiled(128, 64, 8, 2), Tiled(32, 32, 4, 2)),
-        128: (Tiled(32, 32, 8, 1), Tiled(32, 32, 8, 1)),
+        128: (Tiled(32, 32, 8, 1, 168), Tiled(32, 32, 8, 1)),
         256: (Tiled(16, 16, 8, 1), Tiled(16, 16, 8, 1)),
     },
     ("key", 2): {
@@ -775,6 +780,8 @@ _TILED_SM_80 = {
 }
 _WHOLE_SM_90 = _WHOLE_SM_80 | {
     (True, 2): _WHOLE_SM_80[True, 2] | {64: {16: Whole(4, 4), 32: Whole(1, 2), 64: Whole(1, 8)}},
+    (True, torch.float16): _WHOLE_SM_80[True, torch.float16]
+    | {64: {16: Whole(4, 4), 32: Whole(1, 4), 64: Whole(1, 8)}},
 }
 _TILED_SM_90 = _TILED_SM_80 | {
     ("forward", 2): _TILED_SM_80["forward", 2] | {64: (Tiled(128, 64, 8, 2),) * 2},
@@ -782,7 +789,9 @@ _TILED_SM_90 = _TILED_SM_80 | {
     ("key", 2): _TILED_SM_80["key", 2] | {64: (Tiled(32, 64, 4, 2), Tiled(32, 64, 8, 2))},
     ("forward", 4): _TILED_SM_80["forward", 4] | {128: (Tiled(32, 16, 8, 1),) * 2},
 }
-_WHOLE = {"sm_80": _WHOLE_SM_80, "sm_90": _WHOLE_SM_90}
+# A warp has more registers there.
+_WHOLE_GFX942 = _WHOLE_SM_80 | {(True, torch.float16): _WHOLE_SM_80[True, 2]}
+_WHOLE = {"sm_80": _WHOLE_SM_80, "sm_90": _WHOLE_SM_90, "gfx942": _WHOLE_GFX942}
 _TILED = {"sm_80": _TILED_SM_80, "sm_90": _TILED_SM_90}
 """By architecture; "sm_80" holds for every GPU that is not named. Chosen by what kernels take of a
 GPU: as many rows as leave no register spilled."""
@@ -790,7 +799,9 @@ GPU: as many rows as leave no register spilled."""
 
 def whole(arch: str, dtype: torch.dtype, rows: int, size: int, *, backward: bool) -> Whole | None:
     """Settings for sequences and heads padded to `rows` and `size`; None: they are too long."""
-    return _WHOLE.get(arch, _WHOLE["sm_80"])[backward, dtype.itemsize][size].get(rows)
+    table = _WHOLE.get(arch, _WHOLE["sm_80"])
+    own = (backward, dtype) if (backward, dtype) in table else (backward, dtype.itemsize)
+    return table[own][size].get(rows)
 
 
 def tiled(arch: str, dtype: torch.dtype, size: int, kernel: str, *, laden: bool) -> Tiled:

@@ -741,7 +741,7 @@ _SM_80 = {
     256: Settings(1, 168, 32, 512),
     512: Settings(1, 168, 64, 512),
     1024: Settings(2, 224, 128, 1024),
-    2048: Settings(4, 224, 256, 2048),
+    2048: Settings(4, 255, 256, 2048),
     4096: Settings(8, 255, 512, 4096),
 }
 _TABLES = {"sm_80": _SM_80}  # and every GPU that is not named, and the interpreter
