@@ -730,6 +730,7 @@ _WHOLE_SM_80 = {
 }
 # Products with a gradient are in tf32, whose operands take twice the registers.
 _WHOLE_SM_80[True, torch.float16] = _WHOLE_SM_80[True, 2] | {
+    32: {16: Whole(4, 4), 32: Whole(1, 4)},
     64: {16: Whole(4, 4), 32: Whole(1, 4)},
     128: {16: Whole(1, 4), 32: Whole(1, 8)},
 }
