@@ -438,7 +438,7 @@ def ways(launch: Launch) -> list[tuple[float, tuple[float, ...]]]:
     elif kernel is topk_sampling.gather_values_kernel:
         passes = (HELD * given["K"] / given["N"],)
     elif kernel is topk_sampling.gather_weights_kernel:
-        passes = (times(given["size"] * given["UNIT"], "BLOCK_E"),)
+        passes = (given["each"],)
     else:
         passes = ()
     return [(1.0, passes)]

@@ -226,6 +226,18 @@ def slots_may_be_more_than_a_tile():
     assert torch.equal(found[0], weights.mT @ grad)
     assert torch.allclose(found[1], grad @ values.mT, atol=1e-6)
 
+def long_frames_are_multiplied_in_parts():
+    sample = topk_sample(normal(2, 70), 5, method="hard")
+    values, grad = normal(2, 70, 200), normal(2, 5, 200)
+    before = triton_kernels._PARTS
+    for wanted in (before, (1000, 1), (8, 2)):  # 1 part, 7 of a block, 2 of 4 blocks
+        triton_kernels._PARTS = wanted
+        weights = sample.weights.clone().requires_grad_()
+        out = topk_gather(values, sample._replace(weights=weights))
+        (found,) = torch.autograd.grad(out, weights, grad)
+        assert torch.allclose(found, grad @ values.mT, atol=1e-4), wanted
+    triton_kernels._PARTS = before
+
 def a_frame_that_has_no_weight_is_not_read():
     values = normal(2, 9, 5)
     sample = topk_sample(normal(2, 9, seed=1), 3, method="hard")
@@ -262,6 +274,7 @@ with use_backend("triton"):
         memory_may_be_laid_out_anyhow,
         a_seed_is_read_when_the_kernel_runs,
         slots_may_be_more_than_a_tile,
+        long_frames_are_multiplied_in_parts,
         a_frame_that_has_no_weight_is_not_read,
         what_is_too_much_is_refused,
     ):

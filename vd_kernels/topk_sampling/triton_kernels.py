@@ -662,26 +662,31 @@ def gather_values_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def gather_weights_kernel(
     grad, values, to,
-    grad_row, grad_slot, values_row, values_frame, N, K, size,
+    grad_row, grad_slot, values_row, values_frame, N, K, size, each,
     UNIT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the weights [R,K,N], a tile of slots and frames: a product of matrices."""
+    """The gradient of the weights, a tile of slots and frames: a product of matrices.
+
+    In parts [R,parts,K,N], of `each` blocks of the frames' E numbers.
+    """
     over_k, over_n = tl.cdiv(K, BLOCK_K), tl.cdiv(N, BLOCK_N)
+    parts = tl.maximum(tl.cdiv(size * UNIT, each * BLOCK_E), 1)
     program = tl.program_id(0).to(tl.int64)
-    row = program // (over_k * over_n)
+    part, row = program // (over_k * over_n) % parts, program // (over_k * over_n * parts)
+    begin = part.to(tl.int32) * each * BLOCK_E
     slot = (program % over_k).to(tl.int32) * BLOCK_K + tl.arange(0, BLOCK_K)
     frame = (program // over_k % over_n).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     grad += row * grad_row * UNIT + slot.to(tl.int64)[:, None] * grad_slot * UNIT
     values += row * values_row * UNIT + frame.to(tl.int64)[:, None] * values_frame * UNIT
     total = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    for first in range(0, size * UNIT, BLOCK_E):
+    for first in range(begin, tl.minimum(begin + each * BLOCK_E, size * UNIT), BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
         inside = (e < size * UNIT)[None, :]
         g = tl.load(grad + e[None, :], mask=(slot < K)[:, None] & inside, other=0.0)
         x = tl.load(values + e[None, :], mask=(frame < N)[:, None] & inside, other=0.0)
         total = product(g, tl.trans(x), total, OPERAND, PRECISION)
-    at = to + (row * K + slot[:, None]) * N + frame[None, :]
+    at = to + ((row * parts + part) * K + slot[:, None]) * N + frame[None, :]
     tl.store(at, total, mask=(slot < K)[:, None] & (frame < N)[None, :])
 
 
@@ -1029,6 +1034,9 @@ def _lapsum(scores: Tensor, grad: Tensor | None, k: int, temperature: float) -> 
 # ---------------------------------------------------------------------------------------------
 # Launches of topk_gather
 
+_PARTS = 1024, 8
+"""About so many programs form the gradient of weights, if each has so many blocks of E at least."""
+
 
 def _part(values: Tensor) -> dict[str, int]:
     """How much of a frame a program takes: two vectors of 16 bytes for each of its threads."""
@@ -1113,26 +1121,35 @@ def gather_backward(
             **cut,
         )
     elif needs[1]:
-        grad_weights = weights.new_empty(weights.shape)
-        tile = _product_tile(values.dtype, slots)
+        tile = _product_tile(values.dtype, slots, _triton.architecture(values.device))
+        tiles = rows * triton.cdiv(slots, tile["BLOCK_K"]) * triton.cdiv(frames, tile["BLOCK_N"])
+        blocks = triton.cdiv(width, tile["BLOCK_E"])
+        wanted, fewest = _PARTS
+        each = max(min(blocks, fewest), triton.cdiv(blocks * tiles, wanted), 1)
+        parts = max(1, triton.cdiv(blocks, each))
+        sums = weights.new_empty(rows, parts, slots, frames)
         _triton.launch(
             gather_weights_kernel,
-            rows * triton.cdiv(slots, tile["BLOCK_K"]) * triton.cdiv(frames, tile["BLOCK_N"]),
-            *(grad, values, grad_weights, *of_grad, *of_values, *sizes),
+            tiles * parts,
+            *(grad, values, sums, *of_grad, *of_values, *sizes, each),
             UNIT=unit,
             **tile,
         )
+        grad_weights = sums.view(weights.shape) if parts == 1 else sums.sum(1)
     return grad_values, grad_weights
 
 
-def _product_tile(dtype: torch.dtype, slots: int) -> dict[str, Any]:
-    operands = _triton.operands(dtype, "")
+def _product_tile(dtype: torch.dtype, slots: int, arch: str) -> dict[str, Any]:
+    operands = _triton.operands(dtype, arch)
+    half = dtype.itemsize == 2
+    rows = min(_triton.padded(slots), 64 if half else 32)
     return {
-        "BLOCK_K": min(_triton.padded(slots), 64),
+        "BLOCK_K": rows,
         "BLOCK_N": 64,
-        "BLOCK_E": 64 if dtype.itemsize == 2 else 32,
+        "BLOCK_E": 64 if half else 32,
         "OPERAND": operands["OPERAND"],
         "PRECISION": operands["PRECISION"],
         "num_warps": 4,
         "num_stages": 3,
+        **_triton.registers(arch, 0 if half and rows != 32 else 128),
     }
