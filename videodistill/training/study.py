@@ -10,13 +10,12 @@ Arms that are *guided* learn from the generator's evidence in phases, as the bun
 others see no evidence and spend the same number of steps on answering alone, so that what their
 samplers learn comes through the choice of frames.
 
-The size is chosen for 8 hours of 2 cores. Timed before phases were divided as they are now, with
-random features on one thread of a busy machine, 30 steps of each phase, a training takes 7 to 9
-minutes in a guided arm, 9 with uniform frames, 4 with the mean of all and 15 to 19 in the other
-arms: 153 for one seed of all arms. Three seeds and the tuning, which is as long as one, make 612
-minutes of one core; testing 39 models at 1.8 minutes makes 70; videos, features and their reading
-were some 75 at the speeds of the bundled model's making. That is 757 minutes, 6 hours and a quarter
-of two cores.
+The size is chosen for 8 hours of 2 cores. Timed on a machine with AMX, both cores busy, a training
+takes 10.5 minutes of one core in a guided arm and 12.6 with uniform frames; of 30 steps alone it
+was estimated to take 4 with the mean of all, and half as long again as with uniform frames in the
+other arms: some 190 for one seed of all arms. Three seeds and the tuning, which is as long as one,
+make 760 minutes of one core; testing 39 models at 1 to 2 minutes makes 70; videos, features and
+their reading take some 40. That is 870 minutes, a good 7 hours of two cores.
 """
 
 from __future__ import annotations

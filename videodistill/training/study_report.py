@@ -97,8 +97,9 @@ def study_page(
         "## What was claimed, and what was found",
         "Points of percent, over the seeds of both sides. *Confirmed*: the margin is at least what "
         "is claimed by two of its standard errors; *refuted*: it falls short by as much; *open*: "
-        "neither, or one seed alone. The first two lines are what this project hopes for, the "
-        "others what the paper claims or takes for granted.",
+        "neither, or one seed alone. The first two lines are what this project hopes for: their "
+        "arms differ in gates, choice of frames and guidance at once, which the lines after them "
+        "tell apart, as far as they were run.",
         _claims_table(found, recipe),
         "## Arms",
         _arms_table(found, arms),
@@ -256,18 +257,23 @@ def _claims_table(found: _ByArm, recipe: StudyRecipe) -> str:
     rows = []
     for claim in _claims(recipe):
         one, other = (_values(found[arm], value) for arm, value in (claim.one, claim.other))
-        verdict = _verdict(claim, one, other) if one and other else _NOT_RUN
+        verdict = _NOT_RUN
+        if one and other:
+            # The same models twice: what their seeds differ by is no part of the margin.
+            paired = claim.one[0] == claim.other[0] and len(one) == len(other)
+            verdict = _verdict(claim, one, other, paired=paired)
         rows.append([claim.text, _cell(one), _cell(other), verdict])
     return _table(["claim", "here", "there", "margin ± standard error"], rows)
 
 
-def _verdict(claim: _Claim, one: Sequence[float], other: Sequence[float]) -> str:
+def _verdict(claim: _Claim, one: Sequence[float], other: Sequence[float], *, paired: bool) -> str:
     other = [claim.share * value for value in other]
     margin = statistics.fmean(one) - statistics.fmean(other)
     margin = -margin if claim.below else margin
     if len(one) == 1 or len(other) == 1:
         return f"{margin:+.1f}: open"
-    error = math.hypot(*(_spread(values) / len(values) ** 0.5 for values in (one, other)))
+    sides = [[a - b for a, b in zip(one, other, strict=True)]] if paired else [one, other]
+    error = math.hypot(*(_spread(values) / len(values) ** 0.5 for values in sides))
     verdict = "open"
     if margin - 2 * error >= claim.least:
         verdict = "confirmed"
