@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.goals import best, goals
+from benchmarks.goals import Goal, best, goals
 from benchmarks.results import ROOT, CaseResult, Entry, Results, committed
 from benchmarks.timing import Spread
 
@@ -110,25 +110,27 @@ def _goal_table(result: Results) -> str:
         if case is None:
             continue
         mine, other = best(case, ours=True), best(case, ours=False)
-        for goal in wanted:
-            value = goal.reached(case)
-            verdict = "missed" if value is None or value < goal.least else "met"
-            verdict = "inconclusive" if case.inconclusive else verdict
-            rows.append(
-                [
-                    case.title,
-                    _named_time(other),
-                    _named_time(mine),
-                    "" if mine is None else f"{mine.spread.median / result.floor(case):.2f}",
-                    str(goal),
-                    "not measured"
-                    if value is None
-                    else f"{value:,.{2 * (value < 1000)}f}, {verdict}",
-                ]
-            )
+        rows.append(
+            [
+                case.title,
+                _named_time(other),
+                _named_time(mine),
+                "" if mine is None else f"{mine.spread.median / result.floor(case):.2f}",
+                "; ".join(f"{goal}: {_reached(goal, case)}" for goal in wanted),
+            ]
+        )
     if not rows:
         return ""
-    return _table(["case", "best other, ms", "ours, ms", "÷ floor", "goal", "reached"], rows)
+    return _table(["case", "best other, ms", "ours, ms", "÷ floor", "goals"], rows, texts=(0, 4))
+
+
+def _reached(goal: Goal, case: CaseResult) -> str:
+    value = goal.reached(case)
+    if value is None:
+        return "not measured"
+    verdict = "missed" if value < goal.least else "met"
+    verdict = "inconclusive" if case.inconclusive else verdict
+    return f"{value:,.{2 * (value < 1000)}f}, {verdict}"
 
 
 def _case_parts(result: Results, case: CaseResult) -> Iterator[str]:
@@ -197,10 +199,11 @@ def _ms(seconds: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
-def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown; the first column is text, the others numbers."""
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]], texts: Iterable[int] = (0,)) -> str:
+    """A table in Markdown; columns ``texts`` are text, the others numbers."""
     heads = list(heads)
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    rules = ["---" if column in texts else "---:" for column in range(len(heads))]
+    lines = [heads, rules, *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

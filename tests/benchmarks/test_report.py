@@ -169,7 +169,7 @@ def test_tables_say_what_was_measured(results: Results, tmp_path: Path) -> None:
     assert text.startswith("# Title\n") and text.endswith("\nRest.\n") and "old" not in text
     row = next(line for line in text.splitlines() if results.cases[name].title in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:] == ["10 (torch.compile)", "4 (cpp)", "1.00", "speed ≥ 2", "2.50, met"]
+    assert cells[1:] == ["10 (torch.compile)", "4 (cpp)", "1.00", "speed ≥ 2: 2.50, met"]
     row = next(line for line in text.splitlines() if results.cases[slow].title in line)
     assert "1.11, missed" in row
     assert ", inconclusive" in text and "GPU: not yet measured." in text
