@@ -37,7 +37,7 @@ struct Unpacking {
   float factor;
   bool mean;
   float* sums;  // [B,H,chunks,padded,width rounded up]; nullptr where a task unpacks its own
-  void* to;           // [B,M,H,width]; nullptr where it is not wanted
+  void* to;     // [B,M,H,width]; nullptr where it is not wanted
 };
 
 // Absent tensors have data == nullptr. Results are contiguous.
@@ -65,8 +65,8 @@ struct Arguments {
   // Backward. A chunk is a stretch of the L tokens whose sums are formed in one go. `whole`: a task
   // has all chunks of its heads, adds up their sums itself and unpacks them.
   Tokens grad_out, grad_gate;
-  void* grad_query;        // [B,L,H,D]
-  void* grad_value;        // [B,L,H,Dv]
+  void* grad_query;  // [B,L,H,D]
+  void* grad_value;  // [B,L,H,Dv]
   int64_t chunks;
   bool whole;
   Unpacking grad_key, grad_gate_value;
