@@ -544,6 +544,9 @@ def logged(case: Case, kernels: Sequence[Expected]) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if arguments and not Path(arguments[0]).is_file():
+        print(f"{arguments[0]} is no page to write the tables into", file=sys.stderr)
+        return 2
     found = [(case, list(expect(case))) for case in cases()]
     if arguments:
         compiling.write(Path(arguments[0]), "expected", tables(found))

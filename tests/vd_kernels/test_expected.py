@@ -146,3 +146,10 @@ def test_the_documents_tell_what_is_expected(case: expected.Case) -> None:
     logged, log = expected.logged(case, found), (DOCS / "tuning-log.md").read_text("utf-8")
     line = next(line for line in log.splitlines() if line.startswith(f"| {case.title} |"))
     assert line == logged or not line.endswith("| not yet |"), logged
+
+
+def test_a_page_that_is_not_there_is_told_of_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert expected.main(["nowhere.md"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "nowhere.md is no page to write the tables into"
+    ]
