@@ -86,7 +86,8 @@ ARMS = {
     "videodistill": Arm("VideoDistill", "scalar gates, frames drawn by Gumbel top-k, guided"),
     "cross-attention": Arm(
         "cross-attention",
-        "cross-attention to the question's tokens in place of the gates",
+        "cross-attention to the question's tokens in place of the gates, so that all patches count "
+        "alike when they are pooled",
         {"mixing": "cross_attention"},
     ),
     "channel-gate": Arm(
