@@ -680,7 +680,8 @@ def gather_weights_kernel(
     grad += row * grad_row * UNIT + slot.to(tl.int64)[:, None] * grad_slot * UNIT
     values += row * values_row * UNIT + frame.to(tl.int64)[:, None] * values_frame * UNIT
     total = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    for first in range(begin, tl.minimum(begin + each * BLOCK_E, size * UNIT), BLOCK_E):
+    # Its end so that no sum passes 2³¹ where E does not.
+    for first in range(begin, begin + tl.minimum(each * BLOCK_E, size * UNIT - begin), BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
         inside = (e < size * UNIT)[None, :]
         g = tl.load(grad + e[None, :], mask=(slot < K)[:, None] & inside, other=0.0)
