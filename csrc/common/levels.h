@@ -5,11 +5,17 @@
 
 #if defined(__x86_64__)
 #define VD_DECLARE_KERNELS(Kernels, name) \
+  VD_DECLARE_VECTOR_KERNELS(Kernels, name) \
+  namespace amx { extern const Kernels name; }
+// Where no product of matrices is formed, which is all that tiles are for.
+#define VD_DECLARE_KERNELS_WITHOUT_TILES(Kernels, name) \
+  VD_DECLARE_VECTOR_KERNELS(Kernels, name) \
+  namespace amx { using avx512_bf16::name; }
+#define VD_DECLARE_VECTOR_KERNELS(Kernels, name) \
   namespace scalar { extern const Kernels name; } \
   namespace avx2 { extern const Kernels name; } \
   namespace avx512 { extern const Kernels name; } \
-  namespace avx512_bf16 { extern const Kernels name; } \
-  namespace amx { extern const Kernels name; }
+  namespace avx512_bf16 { extern const Kernels name; }
 #define VD_PICK_KERNELS(name)                                              \
   (vd::level_to_run() == vd::IsaLevel::kAmx        ? vd::amx::name         \
    : vd::level_to_run() == vd::IsaLevel::kAvx512Bf16 ? vd::avx512_bf16::name \
@@ -19,6 +25,7 @@
 #else
 #define VD_DECLARE_KERNELS(Kernels, name) \
   namespace scalar { extern const Kernels name; }
+#define VD_DECLARE_KERNELS_WITHOUT_TILES VD_DECLARE_KERNELS
 #define VD_PICK_KERNELS(name) (vd::level_to_run(), vd::scalar::name)
 #endif
 

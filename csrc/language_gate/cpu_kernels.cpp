@@ -650,7 +650,7 @@ void unpack(const Unpacking& u, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-const language_gate::Kernels language_gate_kernels = {
+constexpr language_gate::Kernels language_gate_kernels = {
     kLanes, row_step_of, forward_scratch, forward, backward_scratch, backward, pack, unpack,
 };
 

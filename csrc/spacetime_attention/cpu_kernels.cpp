@@ -534,7 +534,7 @@ void backward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
 }  // namespace
 }  // namespace spacetime_attention
 
-const vd::spacetime_attention::Kernels spacetime_attention_kernels = {
+constexpr vd::spacetime_attention::Kernels spacetime_attention_kernels = {
     spacetime_attention::tasks, spacetime_attention::forward_scratch, spacetime_attention::forward,
     spacetime_attention::backward_scratch, spacetime_attention::backward};
 

@@ -9,14 +9,7 @@
 
 namespace vd {
 
-#ifdef __AMX_BF16__
-
-// No product of matrices is formed here, which is all that tiles are for.
-namespace amx {
-const topk_sampling::Kernels topk_sampling_kernels = avx512_bf16::topk_sampling_kernels;
-}  // namespace amx
-
-#else
+#ifndef __AMX_BF16__  // avx512_bf16's serve there
 
 namespace VD_ISA {
 namespace {
@@ -484,7 +477,7 @@ void gather_backward_weights(const Gather& g, int64_t begin, int64_t end, float*
 
 }  // namespace
 
-const topk_sampling::Kernels topk_sampling_kernels = {
+constexpr topk_sampling::Kernels topk_sampling_kernels = {
     choice_scratch, sums_floats,       unordered,          hard,       gumbel, gumbel_backward,
     perturbed,      counts_to_weights, perturbed_backward, add_chunks,
     gather_scratch, gather,            gather_backward_values,         gather_backward_weights,
