@@ -231,6 +231,12 @@ def ninja_plan(ext: Extension, target: Path, version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def runs_at_load(compiled: Path) -> bool:
+    """Whether an object file has code that is to run before any function of it is called."""
+    contents = compiled.read_bytes()
+    return b".init_array" in contents or b"__mod_init_func" in contents  # ELF, Mach-O
+
+
 def compile_extension(ext: Extension, target: Path, folder: Path, version: str) -> list[str]:
     """Build `target` with ninja in `folder`, or raise BuildError with the line that tells why.
 
@@ -255,6 +261,11 @@ def compile_extension(ext: Extension, target: Path, folder: Path, version: str) 
     if run.returncode:
         told = [line for line in output.splitlines() if "error" in line or "not found" in line]
         raise BuildError((told or ["ninja failed without saying why"])[0].strip())
+    for unit in [] if cuda or sanitizer_flags() else units_of(ext):
+        if unit.source.endswith("_kernels.cpp") and runs_at_load(folder / unit.object):
+            raise BuildError(
+                f"{unit.object} has code that runs when the library is loaded, whatever the machine"
+            )
     return [line for line in output.splitlines() if re.search(r"\bwarning( #\S+)?:", line)]
 
 

@@ -42,11 +42,17 @@ class Build:
 
 
 def build(
-    folder: Path, *, inplace: bool = False, operators: bool = False, **environment: str
+    folder: Path,
+    *,
+    inplace: bool = False,
+    operators: bool = False,
+    kernels: str | None = None,
+    **environment: str,
 ) -> Build:
     """Run `setup.py build_ext` in a fresh copy of the sources; the checkout stays as it is.
 
-    Without the operators unless they are asked for: they take minutes.
+    Without the operators unless they are asked for: they take minutes. `kernels` stands in for
+    those of one.
     """
     source = folder / "source"
     (source / "vd_kernels").mkdir(parents=True)
@@ -57,6 +63,9 @@ def build(
     (source / "vd_kernels" / "__init__.py").write_text("", encoding="utf-8")
     part = "" if operators else "common"
     shutil.copytree(ROOT / "csrc" / part, source / "csrc" / part)
+    if kernels is not None:
+        (source / "csrc" / "language_gate").mkdir()
+        (source / "csrc" / "language_gate" / "cpu_kernels.cpp").write_text(kernels, "utf-8")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("VD_BUILD")}
     where = ["--inplace"] if inplace else ["--build-lib", "lib"]
     run = subprocess.run(
@@ -171,6 +180,17 @@ def test_broken_compiler_flag_is_named(tmp_path: Path) -> None:
     result = build(tmp_path, CXXFLAGS="-std=no-such-standard")
     assert result.returncode == 0, result.output
     assert "no-such-standard" in result.record["_C"]
+
+
+def test_kernels_that_run_when_the_library_is_loaded_are_refused(tmp_path: Path) -> None:
+    """A machine that lacks their instructions would die of it, whatever level it runs."""
+    constant = build(tmp_path / "constant", VD_BUILD_CPP="1", kernels="const long table = 7;")
+    assert constant.returncode == 0, constant.output
+    computed = '#include <cstdlib>\nstatic const long table = std::strtol("7", nullptr, 10);'
+    result = build(tmp_path / "computed", kernels=computed)
+    assert result.returncode == 0, result.output
+    assert "runs when the library is loaded" in result.record["_cpu"]
+    assert not list(result.package.glob("_cpu.*"))
 
 
 def test_a_build_that_was_asked_for_must_succeed(tmp_path: Path) -> None:
