@@ -7,8 +7,8 @@ import torch
 from vd_kernels.backends import explain
 
 
-def cpu_autocast(bf16: bool | None = None) -> torch.autocast:
-    """Autocast of CPU operations to bfloat16, or none.
+def cpu_products(bf16: bool | None = None) -> torch.dtype:
+    """bfloat16 or float32, of the operands of matrix products.
 
     Args:
         bf16: None means where the processor multiplies bfloat16: there it is several times as fast
@@ -16,4 +16,9 @@ def cpu_autocast(bf16: bool | None = None) -> torch.autocast:
     """
     if bf16 is None:
         bf16 = "avx512_bf16" in explain().cpu_features
-    return torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def cpu_autocast(bf16: bool | None = None) -> torch.autocast:
+    """Autocast of CPU operations to what :func:`cpu_products` says."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_products(bf16) == torch.bfloat16)

@@ -60,6 +60,7 @@ from videodistill.training.head import (
     shuffled,
     train_head,
 )
+from videodistill.training.precision import cpu_products
 from videodistill.training.study_report import write_report
 
 ENCODER = ASSETS / "default" / "encoder"
@@ -312,6 +313,8 @@ class _Run:
                 "seed": self.seed,
                 "rate": self.rate,
                 "share": self.share,
+                # The processor's, unless the recipe says which.
+                "products": str(cpu_products(self.recipe.head.bf16)).removeprefix("torch."),
             }
         )
 

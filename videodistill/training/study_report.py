@@ -92,7 +92,9 @@ def study_page(
         "test splits are opened once, after training. Videos are of the procedural benchmark, "
         "with a prior of answers that depends on the question's words and is reversed in "
         "`test-reversed`. *Guided* arms learn from the generator's evidence; the others spend "
-        "those steps on answering alone. Numbers are means over seeds ± their standard deviation.",
+        "those steps on answering alone. Matrix products of training are formed in bfloat16 where "
+        "the processor has instructions for it, else in float32. Numbers are means over seeds ± "
+        "their standard deviation.",
         _state(records, found, others),
         "## What was claimed, and what was found",
         "Points of percent, over the seeds of both sides. *Confirmed*: the margin is at least what "
@@ -262,6 +264,9 @@ def _claims_table(found: _ByArm, recipe: StudyRecipe) -> str:
             # The same models twice: what their seeds differ by is no part of the margin.
             paired = claim.one[0] == claim.other[0] and len(one) == len(other)
             verdict = _verdict(claim, one, other, paired=paired)
+            products = [_products(found[arm]) for arm, _ in (claim.one, claim.other)]
+            if products[0] != products[1]:
+                verdict += f"; {products[0]} against {products[1]}"
         rows.append([claim.text, _cell(one), _cell(other), verdict])
     return _table(["claim", "here", "there", "margin ± standard error"], rows)
 
@@ -320,14 +325,21 @@ def _arms_table(found: _ByArm, arms: Mapping[str, Arm]) -> str:
                 f"{first['parameters']:,}",
                 f"{first['settings']['rate']:g} ({tuned})",
                 _cell([record["val"]["accuracy"] for record in group]),
+                _products(group),
                 _cell([record["seconds"]["training"] / 60 for record in group]),
                 ", ".join(str(record["seed"]) for record in group),
             ]
         else:
-            row += [_NOT_RUN] * 5
+            row += [_NOT_RUN] * 6
         rows.append(row)
     heads = ["arm", "what it is", "parameters", "learning rate (val of each tried)", "val"]
-    return _table([*heads, "training, CPU minutes", "seeds"], rows, texts=2)
+    heads += ["products in", "training, CPU minutes", "seeds"]
+    return _table(heads, rows, texts=2)
+
+
+def _products(group: Sequence[_Record]) -> str:
+    """What matrix products were formed in when these were trained."""
+    return ", ".join(sorted({record["settings"]["products"] for record in group}))
 
 
 def _rows(found: _ByArm, arms: Mapping[str, Arm], columns: Iterable[_Value]) -> list[list[str]]:

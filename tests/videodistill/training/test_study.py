@@ -144,8 +144,15 @@ def test_all_arms_take_as_many_steps_tuning_runs_and_parameters():
         assert size == pytest.approx(sizes["videodistill"], rel=0.02)
 
 
-def test_settings_name_what_decides_a_training():
+def test_settings_name_what_decides_a_training(monkeypatch):
     run = _Run(TINY, "videodistill", 1, 1e-3)
+    here = run.name
+    names = []
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(study, "cpu_products", lambda bf16, dtype=dtype: dtype)
+        names.append(run.name)
+    monkeypatch.undo()
+    assert here in names and names[0] != names[1]
     assert run.name == replace(run, recipe=replace(TINY, picks=(9,), seeds=(5,))).name
     others = [
         replace(run, seed=2),

@@ -38,7 +38,12 @@ def made_up(arm: str, seed: int, accuracy: float, **changes) -> dict:
         "key": "0",
         "arm": arm,
         "seed": seed,
-        "settings": {"study": study, "arm": ARMS[arm].settings, "rate": 0.002},
+        "settings": {
+            "study": study,
+            "arm": ARMS[arm].settings,
+            "rate": 0.002,
+            "products": "bfloat16",
+        },
         "commit": "0123456789abcdef",
         "date": "2000-01-02",
         "parameters": 1234567,
@@ -89,10 +94,10 @@ def test_cells_are_means_and_spreads(tmp_path):
     assert row(page, "Number of chosen frames", mean) == ["29.0", "28.0", "26.0", "22.0", "14.0"]
     assert row(page, "Number of candidate frames", mean)[-1] == "14.0"
     assert row(page, "Short and long videos", mean) == ["30.0", "29.0", "90.0", "90.0"]
-    about, size, rate, val, minutes, seeds = row(page, "Arms", ours)
+    about, size, rate, val, products, minutes, seeds = row(page, "Arms", ours)
     assert about == ARMS["videodistill"].about and size == "1,234,567"
     assert rate == "0.002 (0.001 41.0, 0.002 42.5)" and val == "55.0 ± 0.0"
-    assert minutes == "20.0 ± 0.0" and seeds == "1, 2"
+    assert products == "bfloat16" and minutes == "20.0 ± 0.0" and seeds == "1, 2"
     assert "Results of 2 of 13 arms" in page and "commit 0123456789, 2000-01-02" in page
     # Tuned once: 2 arms of 10 minutes; 3 trainings of 20; 3 tests of 1.
     assert "tuning 20, training 60, testing 3; 1.4 core-hours" in page
@@ -106,7 +111,9 @@ def test_claims_are_judged_by_margin_and_seeds(tmp_path):
     write(tmp_path, *(made_up("cross-attention-uniform", seed, 50.0 + seed) for seed in (1, 2, 3)))
     write(tmp_path, *(made_up("cross-attention", seed, 75.0 + seed) for seed in (1, 2, 3)))
     write(tmp_path, *(made_up("gumbel", seed, 60.0 + 9 * seed) for seed in (1, 2)))
-    write(tmp_path, made_up("uniform", 1, 20.0))
+    in_float32 = made_up("uniform", 1, 20.0)
+    in_float32["settings"]["products"] = "float32"
+    write(tmp_path, in_float32)
     page = page_of(tmp_path)
 
     def verdict(claim: str) -> list[str]:
@@ -119,7 +126,12 @@ def test_claims_are_judged_by_margin_and_seeds(tmp_path):
     assert verdict("half as much") == ["10.0 ± 0.0", "10.0 ± 0.0", "-5.0 ± 0.0: refuted"]
     assert verdict("gates are better") == ["72.0 ± 1.0", "77.0 ± 1.0", "-5.0 ± 0.8: refuted"]
     assert verdict("evidence in training helps")[2] == "-1.5 ± 4.5: open"
-    assert verdict("better than uniform ones") == ["72.0 ± 1.0", "20.0", "+52.0: open"]
+    precisions = "; bfloat16 against float32"
+    assert verdict("better than uniform ones") == [
+        "72.0 ± 1.0",
+        "20.0",
+        "+52.0: open" + precisions,
+    ]
     assert verdict("exact gradient") == ["not yet run"] * 3
     # 1,024 / 64 points less than at 64, by every seed.
     assert verdict("cost at most") == ["56.0 ± 1.0", "71.0 ± 1.0", "-15.0 ± 0.0: refuted"]
