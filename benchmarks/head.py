@@ -1,7 +1,8 @@
 """The whole model, sampler, refiner and answering: in the reference configuration, and as bundled.
 
 Inference and the training step: forward, cross-entropy over five choices, backward. The
-optimiser's update is the same for all and left out. bfloat16 is autocast on float32 weights.
+optimiser's update is the same for all and left out. bfloat16 is autocast; the weights of linear
+layers are float32 in training, and kept in bfloat16 for inference, as the engine does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vd_kernels import TopKSample
 from vd_kernels.topk_sampling.noise import gumbel_noise
 from videodistill.engine.graphs import GraphRunner
 from videodistill.model import VideoDistill, VideoDistillConfig
+from videodistill.precision import keep_for_products
 
 CHOICES = 5
 
@@ -156,7 +158,10 @@ class Head(Task):
             chosen = torch.arange(n, device=case.device) % (n // k) == 0
             inputs["score_bias"] = 20.0 * chosen.expand(b, n)
             inputs["seed"] = seed
-        return {"model": model, **inputs, "bf16": case.dtype == torch.bfloat16}
+        bf16 = case.dtype == torch.bfloat16
+        if bf16 and case.mode == "forward":
+            keep_for_products(model, "bf16")
+        return {"model": model, **inputs, "bf16": bf16}
 
     def oracle(self, **inputs: Any) -> tuple[Tensor, ...]:
         with vd_kernels.use_backend("reference"):
@@ -191,19 +196,19 @@ class Head(Task):
 
         Training reads the weights twice and writes their gradients.
         """
-        inputs = self.inputs(case, 0, checking=True) | {"bf16": False}
+        inputs = self.inputs(case, 0, checking=True)
         model, patches = inputs["model"], inputs["patches"]
+        passes = {"forward": 1, "backward": 2, "both": 3}[case.mode]
+        weights = passes * sum(x.nbytes for x in model.parameters())
         with FlopCounterMode(display=False) as counter:
-            out = self.oracle(**inputs)
+            out = self.oracle(**inputs | {"model": model.float(), "bf16": False})
             if case.mode != "forward":
                 torch.autograd.grad(out, list(model.parameters()))
-        passes = {"forward": 1, "backward": 2, "both": 3}[case.mode]
-        weights = passes * sum(x.numel() for x in model.parameters())
         # At most: questions about one video may choose the same frames.
         shown = min(case.sizes["N"], case.sizes["B"] // len(patches) * case.sizes["K"])
         chosen = patches.numel() // case.sizes["N"] * shown
         features = inputs["frame_embed"].numel() + chosen
-        return Floor(bytes=4 * (weights + features), operations=counter.get_total_flops())
+        return Floor(bytes=weights + 4 * features, operations=counter.get_total_flops())
 
 
 class BundledHead(Head):

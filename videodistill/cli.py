@@ -163,6 +163,9 @@ def answer(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1...; cuda where there is one by default.")
     ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of matrix products: fp32, or bf16, faster where the device has it.")
+    ] = "fp32",
 ) -> None:
     """Answer questions about a video."""
     from videodistill.engine import checks
@@ -182,7 +185,9 @@ def answer(
     _quiet_libraries()
     from videodistill.engine.loading import load
 
-    model = load(checkpoint, encoder=encoder, zero_shot=zero_shot, device=device)
+    model = load(
+        checkpoint, encoder=encoder, zero_shot=zero_shot, device=device, precision=precision
+    )
     result = model.answer(
         video, questions, choices=options, frames=frames, pick=pick, start=start, end=end
     )

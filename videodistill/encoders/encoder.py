@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from videodistill.encoders.preprocess import FrameTransform
+from videodistill.precision import keep_for_products, products
 
 # Texts that go through the text tower together.
 _TEXT_BATCH = 256
 
 
 class FrameFeatures(NamedTuple):
-    """Features of n frames, float32 (outside autocast), on the encoder's device.
+    """Features of n frames, float32 (outside the caller's autocast), on the encoder's device.
 
     frame_embed [n,C_a]: pooled and projected into the joint space, not normalised.
     patches [n,S,C_v]: last hidden state of the vision tower without its class token (SigLIP has
@@ -29,7 +30,7 @@ class FrameFeatures(NamedTuple):
 
 
 class TextFeatures(NamedTuple):
-    """Features of q texts, float32 (outside autocast), on the encoder's device.
+    """Features of q texts, float32 (outside the caller's autocast), on the encoder's device.
 
     text_embed [q,C_a]: pooled and projected into the joint space, not normalised.
     tokens [q,M,C_t]: last hidden state of the text tower (after its final layernorm).
@@ -58,8 +59,10 @@ class ImageTextEncoder(nn.Module):
         logit_scale, logit_bias: similarity of frame and text is logit_scale * cosine + logit_bias
             (SigLIP's model of a matching pair; CLIP has no bias: 0.0).
         name: what the user gave.
-        fingerprint: 16 hex digits over everything that decides the features: weights, their
-            configuration, tokenizer and preprocessing. It does not depend on the folder.
+        fingerprint: 16 hex digits over everything that decides the features but precision:
+            weights, their configuration, tokenizer and preprocessing. It does not depend on the
+            folder.
+        precision: "fp32" or "bf16", of its matrix products.
     """
 
     def __init__(
@@ -70,11 +73,14 @@ class ImageTextEncoder(nn.Module):
         *,
         name: str,
         fingerprint: str,
+        precision: str = "fp32",
     ) -> None:
         super().__init__()
         config: Any = model.config
         text, vision = config.text_config, config.vision_config
         self.model = model.requires_grad_(False).eval()
+        self.precision = precision
+        keep_for_products(self.model, precision)
         self.tokenizer = tokenizer
         self.transform = transform
         self.name = name
@@ -119,10 +125,11 @@ class ImageTextEncoder(nn.Module):
         for start in range(0, len(frames), batch_size):
             pixels = self.preprocess(frames[start : start + batch_size])
             # One pass of the tower gives both; `pooler_output` is the projected embedding.
-            output = self.model.get_image_features(pixel_values=pixels)
+            with products(self.device, self.precision):
+                output = self.model.get_image_features(pixel_values=pixels)
             embeds.append(output.pooler_output)
             patches.append(output.last_hidden_state[:, 1 if self.is_clip else 0 :])
-        return FrameFeatures(torch.cat(embeds), torch.cat(patches))
+        return FrameFeatures(self._joined(embeds), self._joined(patches))
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> TextFeatures:
@@ -142,10 +149,15 @@ class ImageTextEncoder(nn.Module):
         """text_embed [q,C_a] and tokens [q,M,C_t] of texts as ids int64 [q,M], any device."""
         embeds, tokens = [], []
         for part in ids.to(self.device).split(_TEXT_BATCH):
-            output = self.model.get_text_features(input_ids=part)
+            with products(self.device, self.precision):
+                output = self.model.get_text_features(input_ids=part)
             embeds.append(output.pooler_output)
             tokens.append(output.last_hidden_state)
-        return torch.cat(embeds), torch.cat(tokens)
+        return self._joined(embeds), self._joined(tokens)
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        whole = torch.cat(parts)
+        return whole.float() if self.precision == "bf16" else whole
 
     def tokenize(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
         """Ids int64 [q,M], mask bool [q,M], and which texts were cut; see `encode_texts`.

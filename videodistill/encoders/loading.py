@@ -16,6 +16,7 @@ import torch
 from videodistill.encoders.encoder import ImageTextEncoder
 from videodistill.encoders.preprocess import FrameTransform
 from videodistill.errors import UserError
+from videodistill.precision import check_precision
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NEEDED = [
@@ -54,17 +55,20 @@ def load_encoder(
     name_or_path: str | Path,
     *,
     device: torch.device | str = "cpu",
+    precision: str = "fp32",
     local_files_only: bool | None = None,
 ) -> ImageTextEncoder:
-    """Load a frozen CLIP or SigLIP from a directory or the Hugging Face hub, in float32.
+    """Load a frozen CLIP or SigLIP from a directory or the Hugging Face hub.
 
     A local directory wins over a hub id of the same name. local_files_only: None looks into the
     local hub cache and asks the hub only for what is not there; True never touches the network;
     False always asks the hub for the newest version. The package's docstring says what a
-    directory needs. No code from the directory is run, and nothing is unpickled.
+    directory needs. No code from the directory is run, and nothing is unpickled. precision: of
+    matrix products; with "bf16" their weights are kept so. Features are float32 either way.
     Raises UserError, naming the directory or file and the remedy, for whatever cannot be used.
     """
     name = str(name_or_path)
+    check_precision(precision)
     _check_device(device)
     folder = _find_folder(name, local_files_only)
     config, model_type = _load_config(folder)
@@ -74,7 +78,9 @@ def load_encoder(
     weights = _weight_files(folder)
     model = _load_model(folder, config, model_type)
     fingerprint = _fingerprint(config, transform, tokenizer, weights)
-    encoder = ImageTextEncoder(model, tokenizer, transform, name=name, fingerprint=fingerprint)
+    encoder = ImageTextEncoder(
+        model, tokenizer, transform, name=name, fingerprint=fingerprint, precision=precision
+    )
     return encoder.to(device)
 
 

@@ -16,6 +16,7 @@ from videodistill.encoders import FrameFeatures
 from videodistill.engine import checks
 from videodistill.engine.graphs import GraphRunner
 from videodistill.errors import UserError
+from videodistill.precision import keep_for_products, products
 from videodistill.video import FrameReader, VideoWarning
 
 if TYPE_CHECKING:
@@ -151,12 +152,22 @@ class Answered(Sequence[Answer]):
 
 
 class Answerer:
-    """A model and its encoder, ready for questions. Made by `videodistill.load`."""
+    """A model and its encoder, ready for questions. Made by `videodistill.load`.
+
+    With precision "bf16" the model keeps the weights of its linear layers so from now on.
+    """
 
     def __init__(
-        self, model: VideoDistill, encoder: ImageTextEncoder, *, trained: bool = True
+        self,
+        model: VideoDistill,
+        encoder: ImageTextEncoder,
+        *,
+        trained: bool = True,
+        precision: str = "fp32",
     ) -> None:
         self.model = model.eval()
+        self.precision = precision
+        keep_for_products(model, precision)
         self.encoder = encoder
         # On a GPU its small operators would wait for the host.
         self._head = GraphRunner(model) if encoder.device.type == "cuda" else model
@@ -243,10 +254,11 @@ class Answerer:
         results: list[Answer] = []
         for first in range(0, len(asked), _QUESTIONS_AT_ONCE):
             rows = slice(first, first + _QUESTIONS_AT_ONCE)
-            output = self._run_head(video, texts, rows, pick)
-            if choice_embed is None:
-                logits = self.model.vocabulary_logits(output.answer_embed)
-            else:
+            with products(self.encoder.device, self.precision):
+                output = self._run_head(video, texts, rows, pick)
+                if choice_embed is None:
+                    logits = self.model.vocabulary_logits(output.answer_embed)
+            if choice_embed is not None:  # cosines of many answers differ in their last digits
                 logits = self.model.choice_logits(output.answer_embed, choice_embed[None])
             results += self._collect(video, asked[rows], vocabulary, output, logits)
         head = clock.lap()

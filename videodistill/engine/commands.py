@@ -44,8 +44,18 @@ def extract(
         int, typer.Option(help="Frames of each video; one that has fewer gives all.")
     ] = 64,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes.", show_default="one for each core")
+        int | None,
+        typer.Option(
+            min=1, help="Processes.", show_default="one for each core, at most 4 with a GPU"
+        ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1...", show_default="cuda where there is one"),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of matrix products: fp32, or bf16, faster where the device has it.")
+    ] = "fp32",
     retry: Annotated[
         bool, typer.Option("--retry", help="Try again videos that failed in an earlier run.")
     ] = False,
@@ -61,14 +71,20 @@ def extract(
     files, broken = _files(videos, path, videos_in)
     begin = time.perf_counter()
     from videodistill.engine.feature_cache import extract_corpus
+    from videodistill.engine.loading import pick_device
 
+    where = pick_device(device)
+    if workers is None:  # each has an encoder of its own, in the GPU's memory, too
+        workers = cores() if where.type == "cpu" else min(cores(), 4)
     with shown_progress() as progress:
         done = extract_corpus(
             files,
             encoder or ASSETS / "default" / "encoder",
             frames,
             out,
-            workers=workers or cores(),
+            workers=workers,
+            device=str(where),
+            precision=precision,
             retry=retry,
             progress=lambda done, total: progress("features", done, total),
             log=lambda line: print(f"{out}: {line}", file=sys.stderr, flush=True),

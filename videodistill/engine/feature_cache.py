@@ -70,13 +70,14 @@ class FeatureCache:
         folder: Where it is.
         encoder: Fingerprint of the encoder that made the features.
         frames: N, how many frames of each video were asked for.
+        precision: "fp32" or "bf16", of the encoder's matrix products.
         videos: Names of the videos that have features, in the order they came in.
         failed: Why the others that were asked for have none, by name.
     """
 
     def __init__(self, folder: Path, index: _Index) -> None:
         self.folder = folder
-        self.encoder, self.frames = index.encoder, index.frames
+        self.encoder, self.frames, self.precision = index.settings
         self.failed: dict[str, str] = {}
         self._stored = index.stored
         self._content: dict[str, str] = {}
@@ -102,9 +103,9 @@ class FeatureCache:
         index = _read_index(folder)
         if index is None:
             raise UserError(f"{folder}: holds no features; make them with: videodistill extract")
-        if encoder_fingerprint not in (None, index.encoder):
+        if encoder_fingerprint not in (None, index.settings.encoder):
             raise UserError(
-                f"{folder}: holds features of the encoder {index.encoder}, not of "
+                f"{folder}: holds features of the encoder {index.settings.encoder}, not of "
                 f"{encoder_fingerprint}; use that encoder, or extract into another folder"
             )
         return cls(folder, index)
@@ -215,10 +216,26 @@ class _Known:
     """[bytes, mtime in ns] of the file; None where there was none."""
 
 
+class _Settings(NamedTuple):
+    """What features depend on besides the video."""
+
+    encoder: str
+    """Its fingerprint."""
+    frames: int
+    precision: str
+
+    @classmethod
+    def of(cls, noted: Mapping[str, Any]) -> _Settings:
+        """From what an index or a shard holds; KeyError without encoder or frames."""
+        return cls(noted["encoder"], noted["frames"], noted.get("precision", "fp32"))
+
+    def __str__(self) -> str:
+        return f"{self.encoder} at {self.frames} frames in {self.precision}"
+
+
 @dataclass
 class _Index:
-    encoder: str
-    frames: int
+    settings: _Settings
     stored: dict[str, _Stored] = field(default_factory=dict)
     """By content."""
     names: dict[str, _Known] = field(default_factory=dict)
@@ -226,7 +243,7 @@ class _Index:
     """Bytes of each shard."""
 
     def header(self) -> dict[str, Any]:
-        return {"format": 1, "encoder": self.encoder, "frames": self.frames}
+        return {"format": 1, **self.settings._asdict()}
 
     def add(self, line: dict[str, Any]) -> None:
         """What a line of the file says; later lines stand above earlier ones."""
@@ -261,7 +278,7 @@ def _read_index(folder: Path) -> _Index | None:
             if index is not None:
                 index.add(value)
             elif value["format"] == 1:
-                index = _Index(value["encoder"], value["frames"])
+                index = _Index(_Settings.of(value))
             else:
                 raise UserError(
                     f"{path}: is of format {value['format']}, which this version does not know; "
@@ -294,11 +311,11 @@ def _line(value: dict[str, Any]) -> bytes:
 class _Writer:
     """Appends to a cache, as the only one who does."""
 
-    def __init__(self, folder: Path, encoder: str, frames: int, log: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, settings: _Settings, log: Callable[[str], None]) -> None:
         self._folder, self._path, self._log = folder, folder / _INDEX, log
         index = _read_index(folder)
-        self.index = index or _Index(encoder, frames)
-        self._refuse_others(_INDEX, self.index.encoder, self.index.frames, encoder, frames)
+        self.index = index or _Index(settings)
+        self._refuse_others(_INDEX, self.index.settings, settings)
         self._tensors: dict[str, torch.Tensor] = {}
         self._videos: dict[str, tuple[float, int]] = {}
         self._lines: list[dict[str, Any]] = []
@@ -313,13 +330,11 @@ class _Writer:
                 self._adopt(shard)
         self._check_shards()
 
-    def _refuse_others(
-        self, file: str, encoder: str, frames: int, wanted: str, wanted_frames: int
-    ) -> None:
-        if (encoder, frames) != (wanted, wanted_frames):
+    def _refuse_others(self, file: str, settings: _Settings, wanted: _Settings) -> None:
+        if settings != wanted:
             raise UserError(
-                f"{self._folder / file}: is of the encoder {encoder} at {frames} frames, not of "
-                f"{wanted} at {wanted_frames}; extract into another folder"
+                f"{self._folder / file}: is of the encoder {settings}, not of {wanted}; extract "
+                "into another folder"
             )
 
     def _adopt(self, shard: str) -> None:
@@ -328,8 +343,7 @@ class _Writer:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["videodistill"])
-                wanted = self.index.encoder, self.index.frames
-                self._refuse_others(shard, about["encoder"], about["frames"], *wanted)
+                self._refuse_others(shard, _Settings.of(about), self.index.settings)
                 for content, (duration, crc32) in about["videos"].items():
                     if _checksum(_in_shard(file, content, duration)) != crc32:
                         raise ValueError("its content is not what was written")
@@ -387,7 +401,7 @@ class _Writer:
         if videos:
             numbers = [int(Path(shard).stem) for shard in self.index.shards]
             shard = f"{max(numbers, default=-1) + 1:05}.safetensors"
-            about = {"encoder": self.index.encoder, "frames": self.index.frames, "videos": videos}
+            about = self.index.settings._asdict() | {"videos": videos}
             self._write(shard, tensors, {"videodistill": json.dumps(about)})
             lines.insert(0, self._about(shard, videos))
         if lines:
@@ -451,14 +465,14 @@ def _locked(folder: Path) -> Iterator[None]:
 _encoder: Any = None
 
 
-def start_encoder(encoder: str) -> None:
+def start_encoder(encoder: str, device: str = "cpu", precision: str = "fp32") -> None:
     """Load the encoder that `encode_video` uses in this process."""
     from videodistill.encoders import load_encoder
 
     global _encoder
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # one process a core
-    _encoder = load_encoder(encoder)
+    _encoder = load_encoder(encoder, device=device, precision=precision)
 
 
 class _Encoded(NamedTuple):
@@ -484,8 +498,8 @@ def encode_video(job: tuple[str, int]) -> _Encoded:
 
     seen = watch(_encoder, *job)
     return _Encoded(
-        seen.features.frame_embed.half().numpy(),
-        seen.features.patches.half().numpy(),
+        seen.features.frame_embed.half().cpu().numpy(),
+        seen.features.patches.half().cpu().numpy(),
         seen.times.astype(np.float32),
         seen.duration,
         seen.notices,
@@ -546,6 +560,8 @@ def extract_corpus(
     folder: str | Path,
     *,
     workers: int,
+    device: str = "cpu",
+    precision: str = "fp32",
     retry: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda line: None,
@@ -562,15 +578,18 @@ def extract_corpus(
         encoder: Folder or hub id.
         frames: N; a video with fewer gives all that it has.
         folder: Of the cache; made if it is not there.
-        workers: Processes, each with an encoder and one thread; 1 works in this process.
+        workers: Processes, each with an encoder and one thread; 1 works in this process. On a GPU
+            they share it, so that it encodes one's frames while others read theirs.
+        device: Where frames are encoded.
+        precision: Of the encoder's matrix products, "fp32" or "bf16".
         retry: Try again what failed before.
         progress: Called with the numbers of videos done and to do.
         log: Called with lines about what was found amiss and mended.
 
     Raises:
         UserError: The encoder cannot be loaded; the folder cannot be written, holds features of
-            another encoder or number of frames, has a damaged index or shard, or another run
-            writes into it; the disk is full; a worker was killed.
+            another encoder, number of frames or precision, has a damaged index or shard, or another
+            run writes into it; the disk is full; a worker was killed.
     """
     from videodistill.encoders import load_encoder
 
@@ -579,12 +598,14 @@ def extract_corpus(
     if frames < 1:
         raise UserError(f"frames {frames}: use at least 1")
     folder = Path(folder)
-    fingerprint = load_encoder(encoder).fingerprint
+    eyes = load_encoder(encoder, device=device, precision=precision)
+    settings = _Settings(eyes.fingerprint, frames, precision)
+    del eyes
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            run = _Run(_Writer(folder, fingerprint, frames, log), videos, frames, retry, progress)
-            return run.go(str(encoder), workers)
+            run = _Run(_Writer(folder, settings, log), videos, frames, retry, progress)
+            return run.go(workers, str(encoder), device, precision)
 
 
 class _Run:
@@ -610,9 +631,10 @@ class _Run:
         self._named = {known.content for known in writer.index.names.values()}
         """Contents that a video is known to have."""
 
-    def go(self, encoder: str, workers: int) -> Extracted:
+    def go(self, workers: int, *encoder: str) -> Extracted:
+        """``encoder``: as `start_encoder` takes it."""
         with map_in_processes(
-            _try_to_encode, self._jobs(), workers, start_encoder, encoder
+            _try_to_encode, self._jobs(), workers, start_encoder, *encoder
         ) as results:
             try:
                 for job, encoded in results:

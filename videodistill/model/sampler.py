@@ -130,7 +130,9 @@ class FrameSampler(nn.Module):
             x = block(x, times, tokens, token_mask, frame_mask)
         # [V,questions,C_a] · [V,C_a,N], then one row per question.
         text = F.normalize(text_embed, dim=-1).unflatten(0, (-1, questions))
-        cosine = (text @ e.transpose(1, 2)).flatten(0, 1)
+        single = torch.promote_types(e.dtype, torch.float32)
+        with torch.autocast(e.device.type, enabled=False):  # frames differ in the last digits
+            cosine = (text.to(single) @ e.to(single).transpose(1, 2)).flatten(0, 1)
         scores = self.similarity * cosine.float() + self.score(self.norm(x)).squeeze(-1).float()
         if frame_mask is not None:
             frame_mask = frame_mask.repeat_interleave(questions, dim=0)

@@ -40,8 +40,8 @@ from videodistill.data.procedural.world import (
     WorldConfig,
     sample_world,
 )
+from videodistill.precision import cpu_autocast
 from videodistill.processes import map_in_processes
-from videodistill.training.precision import cpu_autocast
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from videodistill.data.record import Question
 from videodistill.encoders import ImageTextEncoder
 from videodistill.model import VideoDistill, VideoDistillOutput
+from videodistill.precision import cpu_autocast
 from videodistill.training.features import Features
 from videodistill.training.losses import evidence_loss, needed_frames
-from videodistill.training.precision import cpu_autocast
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from videodistill.evaluation.blind import question_only
 from videodistill.evaluation.predictions import Prediction
 from videodistill.evaluation.scoring import score
 from videodistill.model import VideoDistill
+from videodistill.precision import cpu_products
 from videodistill.processes import map_in_processes
 from videodistill.training.features import extract
 from videodistill.training.head import (
@@ -60,7 +61,6 @@ from videodistill.training.head import (
     shuffled,
     train_head,
 )
-from videodistill.training.precision import cpu_products
 from videodistill.training.study_report import write_report
 
 ENCODER = ASSETS / "default" / "encoder"

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from torch import nn
 from transformers import AutoTokenizer, CLIPModel
 
 from tests.videodistill.tiny import tiny_clip, tiny_siglip
@@ -105,6 +106,30 @@ def test_shards_and_half_precision(clip: ImageTextEncoder, folder: Path) -> None
     features = load_encoder(folder).encode_frames(FRAMES)
     assert features.frame_embed.dtype == torch.float32
     torch.testing.assert_close(features, whole, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["clip_dir", "siglip_dir"])
+def test_products_in_bfloat16(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    exact, rounded = load_encoder(folder), load_encoder(folder, precision="bf16")
+    assert (exact.precision, rounded.precision) == ("fp32", "bf16")
+    assert exact.fingerprint == rounded.fingerprint
+    for one, other in (
+        (exact.encode_frames(FRAMES), rounded.encode_frames(FRAMES)),
+        (exact.encode_texts(["a red ring"])[:2], rounded.encode_texts(["a red ring"])[:2]),
+    ):
+        for a, b in zip(one, other, strict=True):
+            assert b.dtype == torch.float32
+            assert 0 < (a - b).norm() < 0.02 * a.norm()
+    layers = [x for x in rounded.modules() if isinstance(x, (nn.Linear, nn.LayerNorm))]
+    for layer in layers:
+        kept = torch.bfloat16 if isinstance(layer, nn.Linear) else torch.float32
+        assert layer.weight.dtype == kept
+
+
+def test_an_unknown_precision_is_refused(clip_dir: Path) -> None:
+    with pytest.raises(UserError, match="precision 'fp8': use one of fp32, bf16"):
+        load_encoder(clip_dir, precision="fp8")
 
 
 def test_processor_config_and_its_absence(clip: ImageTextEncoder, folder: Path) -> None:

@@ -69,6 +69,22 @@ def test_an_answer_says_what_it_rests_on(model: Answerer, video: Path) -> None:
     assert result.timings.decode > 0 and result.timings.encode > 0 and result.timings.head > 0
 
 
+def test_answers_in_bfloat16_are_nearly_the_same(
+    model: Answerer, checkpoint: Path, video: Path
+) -> None:
+    rounded = videodistill.load(checkpoint, device="cpu", precision="bf16")
+    assert rounded.model.refiner.frame.weight.dtype == torch.bfloat16
+    assert rounded.model.refiner.norms[0].weight.dtype == torch.float32
+    for options in ({}, {"choices": ["red", "green", "a blue square"]}):
+        exact = model.answer(video, QUESTIONS, **options)
+        for one, other in zip(exact, rounded.answer(video, QUESTIONS, **options), strict=True):
+            assert one.answer == other.answer
+            assert one.confidence == pytest.approx(other.confidence, abs=0.02)
+            np.testing.assert_allclose(one.scores, other.scores, atol=0.1)
+            np.testing.assert_allclose(one.gates, other.gates, atol=0.02)
+            assert (one.scores != other.scores).any()
+
+
 def test_all_probabilities_sum_to_one(model: Answerer, video: Path) -> None:
     (answer,) = model.answer(video, QUESTIONS[0], choices=["red", "green", "a blue square"])
     assert sum(p for _, p in answer.top) == pytest.approx(1, abs=1e-6)

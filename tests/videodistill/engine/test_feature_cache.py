@@ -279,12 +279,36 @@ def test_features_of_another_encoder_are_refused(
     before = (out / "index.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"index.jsonl: is of the encoder .* another folder"):
         extract("0", encoder=other)
-    with pytest.raises(UserError, match=f"at {FRAMES} frames, not of .* at 5"):
+    with pytest.raises(UserError, match=f"at {FRAMES} frames in fp32, not of .* at 5"):
         extract("0", frames=5)
+    with pytest.raises(UserError, match=f"in fp32, not of .* at {FRAMES} frames in bf16; extract"):
+        extract("0", precision="bf16")
     assert (out / "index.jsonl").read_bytes() == before
     (out / "index.jsonl").unlink()
     with pytest.raises(UserError, match=r"00000.safetensors: is of the encoder"):
         extract("0", encoder=other)
+
+
+def test_features_in_bfloat16_are_nearly_the_same(extract: Callable, out: Path) -> None:
+    extract("0")
+    exact = FeatureCache.open(out)
+    extract("0", precision="bf16", folder=out / "bf16")
+    rounded = FeatureCache.open(out / "bf16")
+    assert (exact.precision, rounded.precision) == ("fp32", "bf16")
+    assert exact.encoder == rounded.encoder
+    for name in ("frame_embed", "patches"):
+        one, other = getattr(exact["0"], name).float(), getattr(rounded["0"], name).float()
+        assert 0 < (one - other).norm() < 0.02 * one.norm()
+
+
+def test_a_cache_that_names_no_precision_is_of_float32(extract: Callable, out: Path) -> None:
+    extract("0")
+    index = out / "index.jsonl"
+    header, _, rest = index.read_bytes().partition(b"\n")
+    header = {key: json.loads(header)[key] for key in ("format", "encoder", "frames")}
+    index.write_bytes(feature_cache._line(header) + rest)
+    assert FeatureCache.open(out).precision == "fp32"
+    assert counts(extract("0")) == (0, 1, 0, 0)
 
 
 def test_there_must_be_a_cache(tmp_path: Path) -> None:
@@ -311,7 +335,8 @@ def test_a_flipped_bit_is_found_by_reading_and_by_verify(
         with pytest.raises(UserError, match=told):
             reading()
     assert cache["0"].duration == 0.8
-    flip(out / "00002.safetensors", 200)  # in the header
+    header = (out / "00002.safetensors").read_bytes().index(b"data_offsets")
+    flip(out / "00002.safetensors", header)
     with pytest.raises(UserError, match=r"2 shards are missing or damaged .00001.*, 00002.*delete"):
         cache.verify()
     for shard in ("00001.safetensors", "00002.safetensors"):  # the remedy

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from vd_kernels import TopKSample, topk_gather, topk_sample
+from videodistill.model.config import VideoDistillConfig
 from videodistill.model.layers import RotaryTime
 from videodistill.model.sampler import (
+    FrameSampler,
     _by_slot,
     _frame_states,
     _mean_of_all,
@@ -52,6 +54,20 @@ def test_equal_scores_one_frame_and_no_frame() -> None:
     one_real, none_real = torch.arange(4) < torch.tensor([1, 0])[:, None]
     result = _standardise(torch.randn(2, 4), torch.stack([one_real, none_real]))
     assert result.eq(0).all()
+
+
+def test_similarities_keep_their_last_digits_under_autocast() -> None:
+    """A fresh sampler's scores are similarities alone; of alike frames in bfloat16 they are few."""
+    torch.manual_seed(3)
+    config = VideoDistillConfig(embed_dim=16, patch_dim=16, token_dim=16, width=16, heads=2)
+    sampler = FrameSampler(config).eval()
+    frames = torch.randn(1, 1, 16) + 1e-3 * torch.randn(1, 32, 16)
+    text, tokens, times = torch.randn(1, 16), torch.randn(1, 3, 16), torch.rand(1, 32)
+    given = (frames, text, tokens, torch.ones(1, 3, dtype=torch.bool), times, None)
+    expected = sampler.score_frames(*given)
+    assert len(expected.unique()) == 32
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(sampler.score_frames(*given), expected)
 
 
 def test_turned_products_depend_on_the_distance_in_time_alone() -> None:

@@ -73,7 +73,9 @@ def features_of(videos: list[str], frames: int = 8) -> dict[str, Features]:
 def write_cache(folder: Path, encoder: ImageTextEncoder, videos: list[str], frames: int) -> int:
     """A feature cache of random features, in shards of one video; returns their bytes."""
     folder.mkdir()
-    writer = feature_cache._Writer(folder, encoder.fingerprint, frames, print)
+    writer = feature_cache._Writer(
+        folder, feature_cache._Settings(encoder.fingerprint, frames, "fp32"), print
+    )
     for number, video in enumerate(videos):
         found = features_of([video], frames)[video]
         values = found.frame_embed, found.patches, found.seconds.float(), found.duration
