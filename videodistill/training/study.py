@@ -82,6 +82,13 @@ class Arm:
     def settings(self) -> dict[str, Any]:
         return {"model": self.model, "guided": self.guided}
 
+    def head(self, whole: HeadRecipe) -> HeadRecipe:
+        """A recipe as this arm follows it: without guide all its steps are in one phase."""
+        if self.guided:
+            return whole
+        steps = whole.thinking_steps + sum(steps for steps, _ in whole.observing) + whole.steps
+        return replace(whole, thinking_steps=0, observing=(), steps=steps, evidence_weight=0.0)
+
 
 ARMS = {
     "videodistill": Arm("VideoDistill", "scalar gates, frames drawn by Gumbel top-k, guided"),
@@ -302,14 +309,19 @@ class _Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As JSON gives it back. What decides tests alone is not in it."""
+        """As JSON gives it back. What decides tests alone is not in it.
+
+        Of the recipe's phases there is what the arm makes of them: those of guided arms are
+        nothing to the others, as long as all take as many steps.
+        """
         study = asdict(self.recipe)
-        for name in ("picks", "offered", "seeds"):
+        for name in ("picks", "offered", "seeds", "head"):
             del study[name]
         return _as_json(
             {
                 "study": study | {"data_version": DATA_VERSION, "encoder": _fingerprint()},
                 "arm": ARMS[self.arm].settings,
+                "head": asdict(self.head),
                 "seed": self.seed,
                 "rate": self.rate,
                 "share": self.share,
@@ -325,24 +337,22 @@ class _Run:
 
     @property
     def head(self) -> HeadRecipe:
-        """The recipe's steps, shortened by ``share``; without guide all in one phase."""
+        """The recipe's, shortened by ``share``, as the arm follows it."""
         whole = self.recipe.head
 
         def part(steps: int) -> int:
             return max(1, round(self.share * steps)) if steps else 0
 
-        head = replace(
-            whole,
-            thinking_steps=part(whole.thinking_steps),
-            observing=tuple((part(steps), pick) for steps, pick in whole.observing),
-            steps=part(whole.steps),
-            learning_rate=self.rate,
-            seed=self.seed,
+        return ARMS[self.arm].head(
+            replace(
+                whole,
+                thinking_steps=part(whole.thinking_steps),
+                observing=tuple((part(steps), pick) for steps, pick in whole.observing),
+                steps=part(whole.steps),
+                learning_rate=self.rate,
+                seed=self.seed,
+            )
         )
-        if ARMS[self.arm].guided:
-            return head
-        steps = head.thinking_steps + sum(steps for steps, _ in head.observing) + head.steps
-        return replace(head, thinking_steps=0, observing=(), steps=steps, evidence_weight=0.0)
 
 
 def _make_data(recipe: StudyRecipe, work: Path, workers: int) -> None:

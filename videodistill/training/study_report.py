@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,8 @@ def write_report(out: Path, *, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> 
 
     Args:
         out: The folder; without results the page says that nothing was run.
-        recipe: Says at which K and N there are columns.
+        recipe: Says at which K and N there are columns. A result of another schedule of training
+            is left out.
         arms: In the order of the rows. A result of an arm that was set otherwise is left out.
 
     Returns:
@@ -36,7 +38,7 @@ def write_report(out: Path, *, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> 
     Raises:
         UserError: A result cannot be read, or the page cannot be written.
     """
-    found, others = load_results(out, arms)
+    found, others = load_results(out, recipe, arms)
     page = out / "study.md"
     with clear_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -44,11 +46,12 @@ def write_report(out: Path, *, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> 
         return [page, *_draw(out, found, recipe, arms)]
 
 
-def load_results(out: Path, arms: Mapping[str, Arm]) -> tuple[_ByArm, int]:
+def load_results(out: Path, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> tuple[_ByArm, int]:
     """Results by arm, in the order of their seeds, and how many more there are of other settings.
 
-    Shown together are those that have everything in common but arm, seed and learning rate; where
-    there are several such groups, the one with the newest result.
+    Shown together are those that have everything in common but arm, seed and learning rate, and
+    follow the recipe's schedule; where there are several such groups, the one with the newest
+    result.
     """
     groups: dict[str, list[_Record]] = {}
     count = 0
@@ -58,7 +61,13 @@ def load_results(out: Path, arms: Mapping[str, Arm]) -> tuple[_ByArm, int]:
             continue
         count += 1
         arm = arms.get(record["arm"])
-        if arm is not None and record["settings"]["arm"] == _as_json(arm.settings):
+        if arm is None or record["settings"]["arm"] != _as_json(arm.settings):
+            continue
+        head = record["settings"]["head"]
+        schedule = replace(
+            arm.head(recipe.head), learning_rate=head["learning_rate"], seed=head["seed"]
+        )
+        if head == _as_json(asdict(schedule)):
             common = json.dumps(record["settings"]["study"], sort_keys=True)
             groups.setdefault(common, []).append(record)
     newest = max(groups.values(), key=lambda group: max(r["date"] for r in group), default=[])

@@ -165,6 +165,14 @@ def test_settings_name_what_decides_a_training(monkeypatch):
     assert len({run.name, *(other.name for other in others)}) == 7
 
 
+def test_how_guided_arms_spend_their_steps_is_nothing_to_the_others():
+    guided, other = (_Run(TINY, arm, 1, 1e-3) for arm in ("videodistill", "uniform"))
+    head = replace(TINY.head, thinking_steps=TINY.head.thinking_steps + 1, steps=1)
+    moved = replace(TINY, head=head)
+    assert replace(other, recipe=moved).name == other.name
+    assert replace(guided, recipe=moved).name != guided.name
+
+
 def test_the_best_rate_of_val_is_taken(monkeypatch):
     of = {1e-3: 40.0, 2e-3: 50.0, 4e-3: 50.0}
     monkeypatch.setattr(study, "_tuning", lambda *_: of)

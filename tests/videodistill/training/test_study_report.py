@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def made_up(arm: str, seed: int, accuracy: float, **changes) -> dict:
         "settings": {
             "study": study,
             "arm": ARMS[arm].settings,
+            "head": json.loads(json.dumps(asdict(ARMS[arm].head(RECIPE.head)))),
             "rate": 0.002,
             "products": "bfloat16",
         },
@@ -143,12 +145,15 @@ def test_results_of_other_settings_are_left_out(tmp_path):
     older["date"] = "1999-01-01"
     was_set_otherwise = made_up("soft", 1, 30.0)
     was_set_otherwise["settings"]["arm"] = {"model": {}, "guided": False}
-    write(tmp_path, made_up("uniform", 1, 20.0), older, was_set_otherwise)
+    took_fewer_steps = made_up("gumbel", 1, 30.0)
+    took_fewer_steps["settings"]["head"]["steps"] -= 1
+    write(tmp_path, made_up("uniform", 1, 20.0), older, was_set_otherwise, took_fewer_steps)
     page = page_of(tmp_path)
     assert row(page, "Accuracy", "uniform frames")[0] == "20.0"
     assert row(page, "Accuracy", "mean pooling")[0] == "not yet run"
     assert row(page, "Accuracy", "MIST-style selector")[0] == "not yet run"
-    assert "2 results of other settings are left out" in page
+    assert row(page, "Accuracy", "Gumbel top-k")[0] == "not yet run"
+    assert "3 results of other settings are left out" in page
 
 
 def test_what_was_not_asked_of_a_model_is_not_invented(tmp_path):
@@ -175,6 +180,6 @@ def test_a_damaged_result_is_named(tmp_path):
 
 
 def test_the_committed_page_is_what_the_committed_results_give():
-    found, others = load_results(DOCS, ARMS)
+    found, others = load_results(DOCS, StudyRecipe(), ARMS)
     page = study_page(found, others, blind(DOCS), RECIPE, ARMS)
     assert (DOCS / "study.md").read_text(encoding="utf-8") == page
