@@ -27,6 +27,9 @@ class VideoDistillConfig:
     width: int = 768
     heads: int = 12
     sampler_blocks: int = 2
+    time_prior: float = 3.0
+    """How much each head of the sampler prefers frames at a distance of its own before training,
+    in units of attention scores; see ``RotaryTime.look_aside``. 0: not at all."""
     refiner_blocks: int = 2
     ffn_ratio: int = 4
     merge: int = 1
@@ -89,6 +92,9 @@ class VideoDistillConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        prior = self.time_prior
+        if not isinstance(prior, (int, float)) or not 0 <= prior < float("inf"):
+            raise ValueError(f"time_prior must be a number of at least 0, not {prior!r}")
         self.patch_grid = tuple(self.patch_grid)
         if len(self.patch_grid) != 2 or not all(map(_is_count, self.patch_grid)):
             raise ValueError(f"patch_grid must be two positive integers, not {self.patch_grid!r}")

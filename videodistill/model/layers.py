@@ -143,6 +143,28 @@ class RotaryTime(nn.Module):
         turned = [first * cos - second * sin, first * sin + second * cos]
         return torch.cat(turned, dim=-1).to(x.dtype)
 
+    @torch.no_grad()
+    def look_aside(self, query_bias: Tensor, key_bias: Tensor, peak: float) -> None:
+        """Set biases [H·D] so that heads prefer frames at distances of their own, on either side.
+
+        What is before or after something is then found by scaling heads, not by first learning to
+        tell the sides apart, for which training would wait on a plateau. Turned biases have a
+        product that depends on the distance in time alone: a sum of cosines, which we let peak,
+        and decay on both sides of it, by leaving out those that would come round again.
+
+        Args:
+            peak: Attention score at a head's preferred distance.
+        """
+        head_dim = 2 * len(self.rates)
+        query, key = (bias.view(-1, 2, len(self.rates)) for bias in (query_bias, key_bias))
+        for head in range(len(query)):
+            distance = 0.2 / 2 ** (head // 2 % 4)  # of the video: 1/5, 1/10, 1/20, 1/40
+            angle = self.rates * (distance if head % 2 else -distance)
+            slow = angle.abs() <= math.pi
+            length = (peak * head_dim**0.5 / slow.sum()).sqrt() * slow
+            query[head, 0], query[head, 1] = length, 0.0
+            key[head, 0], key[head, 1] = length * angle.cos(), -length * angle.sin()
+
 
 class TimeEmbedding(nn.Module):
     """When a frame is, as a fraction of the video: sines and cosines, then a linear layer.

@@ -27,6 +27,8 @@ class SamplerBlock(nn.Module):
         self.time_norm, self.gate_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.time_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.rotary = RotaryTime(width // self.heads)
+        if config.time_prior:
+            self.rotary.look_aside(*self.qkv.bias.chunk(3)[:2], config.time_prior)
         self._make_language(config)
         self.ffn = feed_forward(width, config.ffn_ratio)
 

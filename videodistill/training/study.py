@@ -193,6 +193,7 @@ class StudyRecipe:
             "width": 128,
             "heads": 8,
             "sampler_blocks": 2,
+            "time_prior": 3.0,
             "refiner_blocks": 3,
             "merge": 2,
             "sampling": "gumbel",

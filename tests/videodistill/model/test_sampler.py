@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from vd_kernels import TopKSample, topk_gather, topk_sample
 from videodistill.model.config import VideoDistillConfig
 from videodistill.model.layers import RotaryTime
 from videodistill.model.sampler import (
     FrameSampler,
+    SamplerBlock,
     _by_slot,
     _frame_states,
     _mean_of_all,
@@ -68,6 +70,40 @@ def test_similarities_keep_their_last_digits_under_autocast() -> None:
     assert len(expected.unique()) == 32
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(sampler.score_frames(*given), expected)
+
+
+@pytest.mark.parametrize(("width", "heads", "frames"), [(128, 8, 80), (768, 12, 80), (16, 2, 80)])
+def test_fresh_heads_prefer_a_distance_of_their_own(width: int, heads: int, frames: int) -> None:
+    """A fifth of the video before, a fifth after, a tenth before, ...: whatever frames show."""
+    config = VideoDistillConfig(width=width, heads=heads, time_prior=3.0)
+    block, head_dim = SamplerBlock(config), width // heads
+    times = (torch.arange(frames)[None] + 0.5) / frames
+    bias = block.qkv.bias.detach().view(3, 1, heads, head_dim).expand(1, frames, 3, 1, heads, -1)
+    query, key = (block.rotary(bias[:, :, i], times)[0, :, 0] for i in (0, 1))
+    scores = torch.einsum("nhd,mhd->hnm", query, key) * head_dim**-0.5
+    middle = frames // 2
+    for head, row in enumerate(scores[:, middle]):
+        distance = 0.2 / 2 ** (head // 2 % 4) * frames * (1 if head % 2 else -1)
+        assert row.argmax().item() - middle == round(distance)
+        assert row.max().item() == pytest.approx(3.0, abs=1e-3)
+        weights = row.softmax(0)
+        before, after = weights[:middle].sum(), weights[middle + 1 :].sum()
+        assert after > before if head % 2 else before > after
+
+
+def test_without_a_prior_biases_are_torchs_own() -> None:
+    torch.manual_seed(0)
+    usual = nn.Linear(16, 48)
+    biases = []
+    for prior in (0.0, 3.0):
+        torch.manual_seed(0)
+        block = SamplerBlock(VideoDistillConfig(width=16, heads=2, time_prior=prior))
+        assert torch.equal(block.qkv.weight, usual.weight)
+        biases.append(block.qkv.bias)
+    assert torch.equal(biases[0], usual.bias)
+    # Values have none of it.
+    assert torch.equal(biases[1][32:], usual.bias[32:])
+    assert not torch.equal(biases[1][:32], usual.bias[:32])
 
 
 def test_turned_products_depend_on_the_distance_in_time_alone() -> None:

@@ -375,6 +375,7 @@ def test_other_numbers_of_frames(sampling):
         ({"merge": 3}, r"merge 3 does not divide patch_grid \(4, 4\)"),
         ({"pick": 0}, "pick must be a positive integer"),
         ({"refiner_blocks": 0}, "refiner_blocks must be a positive integer, not 0"),
+        ({"time_prior": -1.0}, "time_prior must be a number of at least 0, not -1.0"),
         ({"sampler_blocks": "2"}, "sampler_blocks must be a positive integer, not '2'"),
         ({"patch_grid": (4,)}, "patch_grid must be two positive integers"),
         ({"patch_grid": (4, 0)}, "patch_grid must be two positive integers"),
