@@ -63,6 +63,20 @@ class Dataset:
             raise UserError(f"{path}: no file of {self.title} there; it should hold {wanted}")
         return found
 
+    def choose(self, path: str | Path, split: str | None) -> tuple[str, Path]:
+        """Name and main file of the split that is meant; None: of the only one.
+
+        Raises:
+            UserError: As ``find``; there is no such split, or there are several to choose from.
+        """
+        found = self.find(path)
+        if split is None and len(found) == 1:
+            split = next(iter(found))
+        if split not in found:
+            which = "which split?" if split is None else f"no split {split};"
+            raise UserError(f"{path}: {which} give --split with one of {', '.join(found)}")
+        return split, found[split]
+
     def read(self, file: Path, broken: list[Broken] | None = None) -> list[Question]:
         """The questions of a split.
 

@@ -21,7 +21,7 @@ from videodistill.video import FrameReader, VideoWarning
 
 if TYPE_CHECKING:
     from videodistill.encoders import ImageTextEncoder
-    from videodistill.model import VideoDistill
+    from videodistill.model import VideoDistill, VideoDistillOutput
 
 # Questions that go through the head together: its memory grows with them, not its results.
 _QUESTIONS_AT_ONCE = 32
@@ -237,7 +237,7 @@ class Answerer:
         if vocabulary is None and not self.model.config.answers:
             vocabulary = checks.read_answers(checks.GENERAL_ANSWERS)
         if vocabulary is not None:
-            choice_embed, cut = self._embed_answers(vocabulary)
+            choice_embed, cut = self.embed_answers(vocabulary)
             notices += [
                 self._too_long("the answer", t) for t, c in zip(vocabulary, cut, strict=True) if c
             ]
@@ -254,12 +254,8 @@ class Answerer:
         results: list[Answer] = []
         for first in range(0, len(asked), _QUESTIONS_AT_ONCE):
             rows = slice(first, first + _QUESTIONS_AT_ONCE)
-            with products(self.encoder.device, self.precision):
-                output = self._run_head(video, texts, rows, pick)
-                if choice_embed is None:
-                    logits = self.model.vocabulary_logits(output.answer_embed)
-            if choice_embed is not None:  # cosines of many answers differ in their last digits
-                logits = self.model.choice_logits(output.answer_embed, choice_embed[None])
+            output = self._run_head(video, texts, rows, pick)
+            logits = self.open_logits(output.answer_embed, choice_embed)
             results += self._collect(video, asked[rows], vocabulary, output, logits)
         head = clock.lap()
         return Answered(
@@ -276,7 +272,7 @@ class Answerer:
         frame_embed, patches = video.features
         start, end = video.interval
         times = torch.as_tensor((video.times - start) / (end - start)).clamp(0, 1)
-        return self._head(
+        return self.head(
             frame_embed[None],
             patches[None],
             texts.text_embed[rows],
@@ -285,6 +281,21 @@ class Answerer:
             times=times[None].to(frame_embed),
             pick=pick or min(self.model.config.pick, len(video.times)),
         )
+
+    def head(self, *features: torch.Tensor, **settings: Any) -> VideoDistillOutput:
+        """What the model makes of features, as its forward; in our precision, and on a GPU from
+        captured graphs."""
+        with products(self.encoder.device, self.precision):
+            return self._head(*features, **settings)
+
+    def open_logits(
+        self, answer_embed: torch.Tensor, choice_embed: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B,A] of answers [B,C_a]: by cosine with A texts [A,C_a], or of the own vocabulary."""
+        if choice_embed is not None:  # in float32: cosines differ in their last digits
+            return self.model.choice_logits(answer_embed, choice_embed[None])
+        with products(self.encoder.device, self.precision):
+            return self.model.vocabulary_logits(answer_embed)
 
     def _collect(
         self,
@@ -321,7 +332,7 @@ class Answerer:
             )
         return results
 
-    def _embed_answers(self, answers: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:
+    def embed_answers(self, answers: Sequence[str]) -> tuple[torch.Tensor, list[bool]]:
         """[A,C_a] of the answers in the model's template, and which of them were cut."""
         key = tuple(answers)
         if key not in self._embedded:

@@ -1,8 +1,10 @@
-"""``videodistill score``: score a file of predictions."""
+"""``videodistill predict`` answers a dataset's questions, ``score`` scores a file of answers."""
 
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +16,103 @@ from videodistill.errors import UserError
 from videodistill.evaluation.predictions import Prediction, read_evidence, read_predictions
 from videodistill.evaluation.scoring import RULES, Scores, score
 from videodistill.evaluation.wups import WordNet
-from videodistill.listing import print_some
+from videodistill.listing import print_some, shown_progress
 
 app = typer.Typer(help="Evaluate answers.")
+
+
+@app.command(name="predict")
+def predict_command(
+    dataset: Annotated[str, typer.Argument(help="Name of a dataset, e.g. nextqa-mc.")],
+    path: Annotated[Path, typer.Argument(help="Its folder, or the file of one split.")],
+    features: Annotated[
+        Path, typer.Option(help="Folder that videodistill extract put the videos' features in.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="A .jsonl file for the answers; a stopped run goes on.")
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="Which split, where the folder holds several.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a trained head; bundled by default.")
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="That the features are of.", show_default="the checkpoint's"),
+    ] = None,
+    zero_shot: Annotated[
+        bool, typer.Option("--zero-shot", help="Use the encoder alone, without a trained head.")
+    ] = False,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file of answers to open-ended questions, one per line.",
+            show_default="the head's own",
+        ),
+    ] = None,
+    pick: Annotated[int | None, typer.Option(help="How many frames to answer from.")] = None,
+    videos: Annotated[int, typer.Option(min=1, help="How many at once.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read features ahead.")] = 2,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1...", show_default="cuda where there is one"),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of matrix products: fp32, or bf16, faster where the device has it.")
+    ] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Answer all questions of a split, from features that videodistill extract computed.
+
+    The exit status is 1 when a question has no answer, for want of its video's features or because
+    its annotation cannot be read; both are listed.
+    """
+    from videodistill.data.datasets import get_dataset
+    from videodistill.engine.checks import check_count, read_answers
+
+    check_count("pick", pick)
+    split, file = get_dataset(dataset).choose(path, split)
+    broken: list[Broken] = []
+    questions = get_dataset(dataset).read(file, broken)
+    options = None if answers is None else read_answers(answers)
+    from videodistill.engine.feature_cache import FeatureCache
+    from videodistill.engine.loading import load
+    from videodistill.evaluation.predict import predict
+
+    model = load(
+        checkpoint, encoder=encoder, zero_shot=zero_shot, device=device, precision=precision
+    )
+    cache = FeatureCache.open(features, model.encoder.fingerprint)
+    begin = time.perf_counter()
+    with shown_progress() as progress:
+        done = predict(
+            model,
+            questions,
+            cache,
+            out,
+            answers=options,
+            pick=pick,
+            videos=videos,
+            workers=workers,
+            progress=lambda done, total: progress("answers", done, total),
+            log=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    seconds = time.perf_counter() - begin
+    if as_json:
+        told = asdict(done) | {"broken": [b.message for b in broken], "dataset": dataset}
+        told |= {"split": split, "file": str(out), "seconds": round(seconds, 3)}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        print(
+            f"{out}: {done.answered} questions answered in {seconds:.1f} s"
+            + (f", {done.reused} in an earlier run" if done.reused else "")
+        )
+        unseen = [f"{name}: {reason}" for name, reason in done.unseen.items()]
+        print_some("questions without an answer", unseen)
+        print_some("annotations that cannot be read", [b.message for b in broken])
+    if done.unseen or broken:
+        raise typer.Exit(1)
 
 
 @app.command(name="score")
@@ -55,20 +151,15 @@ def score_command(
     by_wups = RULES[known.rule].by_wups
     if evidence is not None and known.rule != "nextgqa":
         raise UserError(f"--evidence is only for nextgqa, not for {dataset}: drop it")
-    found = known.find(path)
-    if split is None and len(found) == 1:
-        split = next(iter(found))
-    if split not in found:
-        which = "which split?" if split is None else f"no split {split};"
-        raise UserError(f"{path}: {which} give --split with one of {', '.join(found)}")
+    split, file = known.choose(path, split)
     given = read_predictions(predictions)
     if evidence is not None:
         given = _with_evidence(given, evidence)
     stop_words = lexicon = None
     if by_wups:
-        stop_words, lexicon = read_lines(found[split].with_name("stopwords.txt")), WordNet()
+        stop_words, lexicon = read_lines(file.with_name("stopwords.txt")), WordNet()
     broken: list[Broken] = []
-    questions = known.read(found[split], broken)
+    questions = known.read(file, broken)
     vocabulary, source = None, answers
     if answers is not None:
         if by_wups or all(question.choices is not None for question in questions):

@@ -40,11 +40,11 @@ from videodistill.data.procedural.make import make_dataset
 from videodistill.data.procedural.questions import ANSWERS, CHOICES
 from videodistill.data.procedural.read import load_questions
 from videodistill.data.procedural.world import DATA_VERSION
-from videodistill.data.record import Stretch
 from videodistill.encoders import ImageTextEncoder, load_encoder
 from videodistill.engine.checks import ASSETS
 from videodistill.errors import UserError
 from videodistill.evaluation.blind import question_only
+from videodistill.evaluation.predict import stretch_around_best
 from videodistill.evaluation.predictions import Prediction
 from videodistill.evaluation.scoring import score
 from videodistill.model import VideoDistill
@@ -561,28 +561,6 @@ def grounding(model: VideoDistill, split: Split, choice_embed: Tensor) -> dict[s
             predictions[split.questions[row].question_id] = Prediction(choice, stretch)
     metrics = score("nextgqa", split.questions, predictions).metrics
     return {name: round(metrics[name].percent, 2) for name in ("mIoP", "mIoU", "Acc@GQA")}
-
-
-def stretch_around_best(scores: Tensor, seconds: Tensor, duration: float) -> Stretch:
-    """The frames around the best one that have at least half its score, in seconds.
-
-    Equal scores, those of a model that does not choose, give the whole video.
-
-    Args:
-        scores: [N], of mean 0.
-        seconds: [N], when each frame is.
-        duration: Seconds.
-    """
-    best = int(scores.argmax())
-    good = (scores >= scores[best] / 2).tolist()
-    first = last = best
-    while first > 0 and good[first - 1]:
-        first -= 1
-    while last + 1 < len(good) and good[last + 1]:
-        last += 1
-    # A frame lasts until the next one.
-    end = float(seconds[last + 1]) if last + 1 < len(good) else duration
-    return (float(seconds[first]) if first else 0.0, end)
 
 
 def _answer_blindly(recipe: StudyRecipe, work: Path, out: Path) -> None:

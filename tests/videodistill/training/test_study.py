@@ -23,7 +23,6 @@ from videodistill.training.study import (
     _best_rate,
     _Run,
     run_study,
-    stretch_around_best,
 )
 
 TINY = StudyRecipe(
@@ -177,15 +176,6 @@ def test_the_best_rate_of_val_is_taken(monkeypatch):
     of = {1e-3: 40.0, 2e-3: 50.0, 4e-3: 50.0}
     monkeypatch.setattr(study, "_tuning", lambda *_: of)
     assert _best_rate(TINY, "mean", None) == 2e-3
-
-
-def test_stretch_around_the_best_frame():
-    seconds, scores = torch.arange(6.0), torch.tensor([-1.0, 1.5, 2.0, 1.0, -2.0, 1.9])
-    assert stretch_around_best(scores, seconds, 6.0) == (1.0, 4.0)
-    assert stretch_around_best(scores.flip(0), seconds, 6.0) == (2.0, 5.0)
-    assert stretch_around_best(torch.zeros(6), seconds, 6.5) == (0.0, 6.5)
-    last = torch.tensor([0.0, 0.0, -3.0, -1.0, 1.0, 3.0])
-    assert stretch_around_best(last, seconds, 6.5) == (5.0, 6.5)
 
 
 @pytest.mark.parametrize(
