@@ -232,7 +232,10 @@ def ninja_plan(ext: Extension, target: Path, version: str) -> str:
 
 
 def runs_at_load(compiled: Path) -> bool:
-    """Whether an object file has code that is to run before any function of it is called."""
+    """Whether an object file has code that is to run before any function of it is called.
+
+    One that holds the compiler's own form (-flto) does not show it.
+    """
     contents = compiled.read_bytes()
     return b".init_array" in contents or b"__mod_init_func" in contents  # ELF, Mach-O
 
@@ -261,7 +264,9 @@ def compile_extension(ext: Extension, target: Path, folder: Path, version: str) 
     if run.returncode:
         told = [line for line in output.splitlines() if "error" in line or "not found" in line]
         raise BuildError((told or ["ninja failed without saying why"])[0].strip())
-    for unit in [] if cuda or sanitizer_flags() else units_of(ext):
+    # What others ask for may run at load: counters of --coverage, say.
+    plain = not (cuda or sanitizer_flags() or os.environ.get("CXXFLAGS"))
+    for unit in units_of(ext) if plain else []:
         if unit.source.endswith("_kernels.cpp") and runs_at_load(folder / unit.object):
             raise BuildError(
                 f"{unit.object} has code that runs when the library is loaded, whatever the machine"

@@ -176,6 +176,7 @@ def answer(
     checks.check_count("frames", frames)
     checks.check_count("pick", pick)
     checks.check_interval(start, end)
+    checks.check_precision(precision)
     if figure is not None:
         checks.check_figure(figure)
     from videodistill.video.container import local_file

@@ -8,38 +8,32 @@ import torch
 from torch import nn
 
 from vd_kernels.backends import explain
-from videodistill.errors import UserError
-
-PRECISIONS = ("fp32", "bf16")
-
-
-def check_precision(precision: str) -> str:
-    """The same, or UserError when it is none of :data:`PRECISIONS`."""
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
-    return precision
+from videodistill.engine.checks import check_precision
 
 
 def keep_for_products(module: nn.Module, precision: str) -> None:
-    """Keep the weights of linear layers as their products need them, for inference alone.
+    """Keep the parameters of linear layers as their products need them, for inference alone.
 
     Under autocast they would be converted in each call, which can take longer than the products.
-    What else a module holds, its norms and embeddings, stays in float32.
+    What else a module holds, its norms, embeddings and convolutions, stays in float32.
+
+    Raises:
+        UserError: ``precision`` is none of `PRECISIONS`.
     """
-    if precision == "bf16":
+    if check_precision(precision) == "bf16":
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
                 layer.to(torch.bfloat16)
 
 
-def products(device: torch.device, precision: str) -> AbstractContextManager:
+def product_autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Autocast to bfloat16, or what is in force already."""
     if precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
-def cpu_products(bf16: bool | None = None) -> torch.dtype:
+def cpu_product_dtype(bf16: bool | None = None) -> torch.dtype:
     """bfloat16 or float32, of the operands of matrix products.
 
     Args:
@@ -52,5 +46,5 @@ def cpu_products(bf16: bool | None = None) -> torch.dtype:
 
 
 def cpu_autocast(bf16: bool | None = None) -> torch.autocast:
-    """Autocast of CPU operations to what :func:`cpu_products` says."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_products(bf16) == torch.bfloat16)
+    """Autocast of CPU operations to what :func:`cpu_product_dtype` says."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_product_dtype(bf16) == torch.bfloat16)

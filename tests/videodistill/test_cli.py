@@ -126,6 +126,7 @@ BAD_INPUT = {
     ),
     "zero-shot with a head": (["square.mp4", "what?", *HEAD, "--zero-shot"], ["--zero-shot"]),
     "no such device": (["square.mp4", "what?", *HEAD, "--device", "abacus"], ["abacus"]),
+    "no such precision": (["square.mp4", "what?", "--precision", "fp8"], ["fp8", "bf16"]),
     "figure's suffix": (["square.mp4", "what?", "--figure", "a.xyz"], ["a.xyz", ".png"]),
     "figure's folder": (["square.mp4", "what?", "--figure", "no/a.png"], ["no/a.png", "writable"]),
     "unknown option": (["square.mp4", "what?", "--colour"], ["--colour", "--help"]),

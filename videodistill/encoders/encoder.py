@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from videodistill.encoders.preprocess import FrameTransform
-from videodistill.precision import keep_for_products, products
+from videodistill.precision import keep_for_products, product_autocast
 
 # Texts that go through the text tower together.
 _TEXT_BATCH = 256
@@ -125,7 +125,7 @@ class ImageTextEncoder(nn.Module):
         for start in range(0, len(frames), batch_size):
             pixels = self.preprocess(frames[start : start + batch_size])
             # One pass of the tower gives both; `pooler_output` is the projected embedding.
-            with products(self.device, self.precision):
+            with product_autocast(self.device, self.precision):
                 output = self.model.get_image_features(pixel_values=pixels)
             embeds.append(output.pooler_output)
             patches.append(output.last_hidden_state[:, 1 if self.is_clip else 0 :])
@@ -149,7 +149,7 @@ class ImageTextEncoder(nn.Module):
         """text_embed [q,C_a] and tokens [q,M,C_t] of texts as ids int64 [q,M], any device."""
         embeds, tokens = [], []
         for part in ids.to(self.device).split(_TEXT_BATCH):
-            with products(self.device, self.precision):
+            with product_autocast(self.device, self.precision):
                 output = self.model.get_text_features(input_ids=part)
             embeds.append(output.pooler_output)
             tokens.append(output.last_hidden_state)

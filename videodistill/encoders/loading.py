@@ -15,8 +15,8 @@ import torch
 
 from videodistill.encoders.encoder import ImageTextEncoder
 from videodistill.encoders.preprocess import FrameTransform
+from videodistill.engine.checks import check_precision
 from videodistill.errors import UserError
-from videodistill.precision import check_precision
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NEEDED = [

@@ -16,7 +16,7 @@ from videodistill.encoders import FrameFeatures
 from videodistill.engine import checks
 from videodistill.engine.graphs import GraphRunner
 from videodistill.errors import UserError
-from videodistill.precision import keep_for_products, products
+from videodistill.precision import keep_for_products, product_autocast
 from videodistill.video import FrameReader, VideoWarning
 
 if TYPE_CHECKING:
@@ -285,17 +285,16 @@ class Answerer:
     def head(self, *features: torch.Tensor, **settings: Any) -> VideoDistillOutput:
         """What the model makes of features, as its forward; in our precision, and on a GPU from
         captured graphs."""
-        with products(self.encoder.device, self.precision):
+        with product_autocast(self.encoder.device, self.precision):
             return self._head(*features, **settings)
 
     def open_logits(
         self, answer_embed: torch.Tensor, choice_embed: torch.Tensor | None
     ) -> torch.Tensor:
         """[B,A] of answers [B,C_a]: by cosine with A texts [A,C_a], or of the own vocabulary."""
-        if choice_embed is not None:  # in float32: cosines differ in their last digits
+        if choice_embed is not None:
             return self.model.choice_logits(answer_embed, choice_embed[None])
-        with products(self.encoder.device, self.precision):
-            return self.model.vocabulary_logits(answer_embed)
+        return self.model.vocabulary_logits(answer_embed)
 
     def _collect(
         self,

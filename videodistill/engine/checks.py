@@ -18,6 +18,17 @@ GENERAL_ANSWERS = ASSETS / "answers.txt"
 FIGURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
+PRECISIONS = ("fp32", "bf16")
+"""Of matrix products."""
+
+
+def check_precision(precision: str) -> str:
+    """The same, or a UserError when it is none of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision!r}: use one of {', '.join(PRECISIONS)}")
+    return precision
+
+
 def check_questions(questions: str | Sequence[str]) -> list[str]:
     """One question or several, as a list. An empty one, or none at all, is a UserError."""
     asked = [questions] if isinstance(questions, str) else list(questions)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from videodistill.engine.checks import ASSETS, check_count
+from videodistill.engine.checks import ASSETS, check_count, check_precision
 from videodistill.errors import UserError
 from videodistill.listing import print_some, shown_progress
 from videodistill.processes import cores
@@ -68,6 +68,7 @@ def extract(
     annotation cannot be read; both are listed.
     """
     check_count("frames", frames)
+    check_precision(precision)
     files, broken = _files(videos, path, videos_in)
     begin = time.perf_counter()
     from videodistill.engine.feature_cache import extract_corpus

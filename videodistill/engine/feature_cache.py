@@ -515,15 +515,32 @@ class _Job(NamedTuple):
     frames: int
 
 
-def _try_to_encode(job: _Job) -> tuple[_Job, _Encoded | str]:
+class _Failure(NamedTuple):
+    """Why a content was not encoded."""
+
+    reason: str
+    lasts: bool
+    """Whether it will not be otherwise as long as the file is the same."""
+
+
+def _is_of_the_device(error: Exception) -> bool:
+    """Whether other videos would meet it, too, or this one would not on another day."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+        return True
+    told = re.compile("CUDA|cuBLAS|cuDNN|HIP error|can't allocate memory", re.IGNORECASE)
+    return isinstance(error, RuntimeError) and bool(told.search(str(error)))
+
+
+def _try_to_encode(job: _Job) -> tuple[_Job, _Encoded | _Failure]:
+    """What came of one video; what the others would meet, too, is raised."""
     try:
         return job, encode_video((job.path, job.frames))
     except UserError as error:
-        return job, _reason(error, job.path)
-    except MemoryError:
-        raise  # another run, with fewer workers, may have enough
+        return job, _Failure(_reason(error, job.path), lasts=True)
     except Exception as error:  # whatever one video does, the others go on
-        return job, f"{type(error).__name__}: {error}"
+        if _is_of_the_device(error):
+            raise
+        return job, _Failure(f"{type(error).__name__}: {error}", lasts=False)
 
 
 def _reason(error: UserError, path: str) -> str:
@@ -598,14 +615,22 @@ def extract_corpus(
     if frames < 1:
         raise UserError(f"frames {frames}: use at least 1")
     folder = Path(folder)
-    eyes = load_encoder(encoder, device=device, precision=precision)
-    settings = _Settings(eyes.fingerprint, frames, precision)
-    del eyes
+    fingerprint = load_encoder(encoder, precision=precision).fingerprint
+    settings = _Settings(fingerprint, frames, precision)
     with clear_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             run = _Run(_Writer(folder, settings, log), videos, frames, retry, progress)
-            return run.go(workers, str(encoder), device, precision)
+            try:
+                return run.go(workers, str(encoder), device, precision)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_of_the_device(error):
+                    raise
+                told = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"{folder}: {device} failed or has too little memory ({told}); run the same "
+                    "command again, with fewer --workers: it goes on where it stopped"
+                ) from error
 
 
 class _Run:
@@ -626,7 +651,7 @@ class _Run:
         """Videos, with their files' stamps, by the content that is being encoded."""
         self._pending: set[str] = set()
         """Contents that were encoded and are not in a shard yet."""
-        self._broken: dict[str, str] = {}
+        self._broken: dict[str, _Failure] = {}
         """Why contents cannot be encoded."""
         self._named = {known.content for known in writer.index.names.values()}
         """Contents that a video is known to have."""
@@ -661,7 +686,7 @@ class _Run:
                 self._waiting[content][name] = stamp
                 continue
             elif content in self._broken:
-                self._fail(name, self._broken[content], stamp)
+                self._fail(name, *self._broken[content], stamp)
             elif content in stored or content in self._pending:
                 if content in self._named and (last is None or last.content != content):
                     self._result.duplicates += 1
@@ -679,20 +704,22 @@ class _Run:
         try:
             return _sha256(local_file(path))
         except UserError as error:
-            self._fail(name, _reason(error, path), stamp)
+            self._fail(name, _reason(error, path), True, stamp)
         except OSError as error:
-            self._fail(name, f"cannot be read ({error.strerror})", stamp)
+            self._fail(name, f"cannot be read ({error.strerror})", True, stamp)
         return None
 
-    def _take(self, job: _Job, encoded: _Encoded | str) -> None:
+    def _take(self, job: _Job, encoded: _Encoded | _Failure) -> None:
         names = self._waiting.pop(job.content)
         if _stamp(job.path) != names[job.name]:
-            for name in names:  # without a stamp, so that the next run tries again
-                self._fail(name, f"{job.path} was changed while it was read: {_AGAIN}", None)
-        elif isinstance(encoded, str):
+            for name in names:
+                self._fail(
+                    name, f"{job.path} was changed while it was read: {_AGAIN}", False, stamp=None
+                )
+        elif isinstance(encoded, _Failure):
             self._broken[job.content] = encoded
             for name, stamp in names.items():
-                self._fail(name, encoded, stamp)
+                self._fail(name, *encoded, stamp)
         else:
             self._pending.add(job.content)
             self._writer.add(job.content, encoded.features())
@@ -704,9 +731,10 @@ class _Run:
                 self._result.notices[job.name] = encoded.notices
         self._progress(self._result.done, len(self._videos))
 
-    def _fail(self, name: str, reason: str, stamp: list[int] | None) -> None:
+    def _fail(self, name: str, reason: str, lasts: bool, stamp: list[int] | None) -> None:
         self._result.failed[name] = reason
-        self._tell(name, _Known(None, reason, stamp))
+        # Without a stamp the next run tries again.
+        self._tell(name, _Known(None, reason, stamp if lasts else None))
 
     def _tell(self, name: str, known: _Known) -> None:
         self._named.add(known.content)

@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 
 from videodistill.encoders import ImageTextEncoder, load_encoder
 from videodistill.engine.answerer import Answerer
-from videodistill.engine.checks import ASSETS
+from videodistill.engine.checks import ASSETS, check_precision
 from videodistill.errors import UserError
 from videodistill.model import VideoDistill, VideoDistillConfig
-from videodistill.precision import check_precision
 
 DEFAULT_CHECKPOINT = ASSETS / "default"
 """The model that comes with the package."""

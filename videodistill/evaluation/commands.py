@@ -69,9 +69,10 @@ def predict_command(
     its annotation cannot be read; both are listed.
     """
     from videodistill.data.datasets import get_dataset
-    from videodistill.engine.checks import check_count, read_answers
+    from videodistill.engine.checks import check_count, check_precision, read_answers
 
     check_count("pick", pick)
+    check_precision(precision)
     split, file = get_dataset(dataset).choose(path, split)
     broken: list[Broken] = []
     questions = get_dataset(dataset).read(file, broken)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from videodistill.model.config import VideoDistillConfig
+from videodistill.model.layers import in_full
 from videodistill.model.refiner import grains_width
 
 
@@ -46,16 +47,18 @@ class AnswerHead(nn.Module):
         return seen + self.adapt(grains)
 
     def choice_logits(self, answer_embed: Tensor, choice_embed: Tensor) -> Tensor:
-        """logit_scale · cosine of [B,C_a] with [B|1,A,C_a]: [B,A]."""
-        a, c = F.normalize(answer_embed, dim=-1), F.normalize(choice_embed, dim=-1)
-        return self.logit_scale * torch.einsum("bc,bac->ba", a, c.expand(len(a), -1, -1))
+        """logit_scale · cosine of [B,C_a] with [B|1,A,C_a]: [B,A], in float32."""
+        with torch.autocast(answer_embed.device.type, enabled=False):
+            full = torch.promote_types(answer_embed.dtype, torch.float32)
+            a, c = (F.normalize(x.to(full), dim=-1) for x in (answer_embed, choice_embed))
+            return self.logit_scale * torch.einsum("bc,bac->ba", a, c.expand(len(a), -1, -1))
 
     def vocabulary_logits(self, answer_embed: Tensor) -> Tensor:
-        """Logits [B, len(config.answers)] of answer embeddings [B,C_a].
+        """Logits [B, len(config.answers)], in float32, of answer embeddings [B,C_a].
 
         Raises:
             ValueError: The model has no vocabulary.
         """
         if self.classifier is None:
             raise ValueError("this model has no answer vocabulary: give choices instead")
-        return self.classifier(answer_embed)
+        return in_full(self.classifier, answer_embed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vd_kernels import language_gate
@@ -78,6 +79,17 @@ class LanguageCrossAttention(nn.Module):
         scores = scores.masked_fill(~token_mask[:, None, None], -1e9)
         said = scores.softmax(-1).to(value.dtype) @ value
         return self.out(said.transpose(1, 2).flatten(2))
+
+
+def in_full(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer in float32, whatever autocast is in force and its parameters are kept in.
+
+    For scores and logits, which are compared: rounded to bfloat16 many would be equal.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        full = torch.promote_types(x.dtype, torch.float32)
+        bias = None if layer.bias is None else layer.bias.to(full)
+        return F.linear(x.to(full), layer.weight.to(full), bias)
 
 
 class FrameGate(nn.Module):

@@ -15,6 +15,7 @@ from videodistill.model.layers import (
     RotaryTime,
     TimeEmbedding,
     feed_forward,
+    in_full,
 )
 
 
@@ -135,7 +136,9 @@ class FrameSampler(nn.Module):
         single = torch.promote_types(e.dtype, torch.float32)
         with torch.autocast(e.device.type, enabled=False):  # frames differ in the last digits
             cosine = (text.to(single) @ e.to(single).transpose(1, 2)).flatten(0, 1)
-        scores = self.similarity * cosine.float() + self.score(self.norm(x)).squeeze(-1).float()
+        scores = (
+            self.similarity * cosine.float() + in_full(self.score, self.norm(x)).squeeze(-1).float()
+        )
         if frame_mask is not None:
             frame_mask = frame_mask.repeat_interleave(questions, dim=0)
         return _standardise(scores, frame_mask)

@@ -77,6 +77,7 @@ class DefaultRecipe:
             "width": 128,
             "heads": 8,
             "sampler_blocks": 2,
+            "time_prior": 0.0,  # the bundled model is older than it
             "refiner_blocks": 3,
             "merge": 2,
             "sampling": "gumbel",

@@ -48,7 +48,7 @@ from videodistill.evaluation.predict import stretch_around_best
 from videodistill.evaluation.predictions import Prediction
 from videodistill.evaluation.scoring import score
 from videodistill.model import VideoDistill
-from videodistill.precision import cpu_products
+from videodistill.precision import cpu_product_dtype
 from videodistill.processes import map_in_processes
 from videodistill.training.features import extract
 from videodistill.training.head import (
@@ -327,7 +327,7 @@ class _Run:
                 "rate": self.rate,
                 "share": self.share,
                 # The processor's, unless the recipe says which.
-                "products": str(cpu_products(self.recipe.head.bf16)).removeprefix("torch."),
+                "products": str(cpu_product_dtype(self.recipe.head.bf16)).removeprefix("torch."),
             }
         )
 

@@ -50,8 +50,8 @@ def load_results(out: Path, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> tup
     """Results by arm, in the order of their seeds, and how many more there are of other settings.
 
     Shown together are those that have everything in common but arm, seed and learning rate, and
-    follow the recipe's schedule; where there are several such groups, the one with the newest
-    result.
+    follow the recipe's schedule: the group that follows all of the recipe, or else the one with the
+    newest result.
     """
     groups: dict[str, list[_Record]] = {}
     count = 0
@@ -63,14 +63,23 @@ def load_results(out: Path, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> tup
         arm = arms.get(record["arm"])
         if arm is None or record["settings"]["arm"] != _as_json(arm.settings):
             continue
-        head = record["settings"]["head"]
+        head = record["settings"].get("head")
+        if head is None:  # before schedules were noted
+            continue
         schedule = replace(
             arm.head(recipe.head), learning_rate=head["learning_rate"], seed=head["seed"]
         )
         if head == _as_json(asdict(schedule)):
             common = json.dumps(record["settings"]["study"], sort_keys=True)
             groups.setdefault(common, []).append(record)
-    newest = max(groups.values(), key=lambda group: max(r["date"] for r in group), default=[])
+    own = _as_json(asdict(recipe))
+
+    def rank(group: list[_Record]) -> tuple[bool, str]:
+        study = group[0]["settings"]["study"]
+        follows = all(study[name] == own[name] for name in study.keys() & own.keys())
+        return follows, max(record["date"] for record in group)
+
+    newest = max(groups.values(), key=rank, default=[])
     found = {name: [] for name in arms}
     for record in sorted(newest, key=lambda record: record["seed"]):
         found[record["arm"]].append(record)

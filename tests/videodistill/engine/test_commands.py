@@ -95,6 +95,8 @@ def test_a_broken_annotation_is_listed(run: Callable, here: Path, tmp_path: Path
         (["ours", "own"], "no dataset ours; there are"),
         (["videos", "--videos", "videos"], "--videos is only for the videos of a dataset"),
         (["videos", "--frames", "0"], "--frames 0"),
+        (["videos", "--precision", "fp8"], "precision 'fp8': use one of fp32, bf16"),
+        (["videos", "--device", "abacus"], "--device abacus cannot be used"),
         (["videos", "--encoder", "empty"], "empty has no config.json"),
     ],
 )
@@ -103,6 +105,14 @@ def test_bad_arguments(run: Callable, tmp_path: Path, arguments: list[str], name
     assert result.exit_code == 2
     assert named in result.stderr and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_where_and_how_exactly_can_be_told(run: Callable, tmp_path: Path) -> None:
+    result = run("videos", "--device", "cpu", "--precision", "bf16")
+    assert result.exit_code == 0, result.output
+    assert FeatureCache.open(tmp_path / "out").precision == "bf16"
+    result = run("videos")
+    assert result.exit_code == 2 and "in bf16, not of" in result.stderr
 
 
 def test_a_cache_of_another_encoder_is_refused(run: Callable) -> None:

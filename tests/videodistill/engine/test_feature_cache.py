@@ -225,6 +225,34 @@ def test_broken_and_missing_videos_are_recorded_and_left_alone(
     assert FeatureCache.open(out).failed == {"alike": done.failed["alike"]}
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more"),
+        RuntimeError("cuBLAS error"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: str(error)[:4],
+)
+def test_a_failing_device_is_no_videos_fault(
+    error: Exception, extract: Callable, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = feature_cache.encode_video
+
+    def fail(job: tuple[str, int]) -> object:
+        if "/1" in job[0]:
+            raise error
+        return encode(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "encode_video", fail)
+        with pytest.raises(UserError, match=r"out: cpu failed or has too little memory \(.*fewer"):
+            extract()
+    assert FeatureCache.open(out).videos == ("0",) and not FeatureCache.open(out).failed
+    assert counts(extract()) == (2, 1, 0, 0)
+
+
 def test_whatever_one_video_does_the_others_go_on(
     extract: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,8 +263,10 @@ def test_whatever_one_video_does_the_others_go_on(
             raise RuntimeError("a decoder's mishap")
         return real(job)
 
-    monkeypatch.setattr(feature_cache, "encode_video", encode)
-    assert extract().failed == {"1": "RuntimeError: a decoder's mishap"}
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_cache, "encode_video", encode)
+        assert extract().failed == {"1": "RuntimeError: a decoder's mishap"}
+    assert counts(extract()) == (1, 2, 0, 0), "it may have been a mishap of that day"
 
 
 def test_a_file_that_changes_while_it_is_read_is_tried_again(

@@ -7,6 +7,7 @@ import torch
 
 from videodistill.engine.graphs import GraphRunner
 from videodistill.model import VideoDistill, VideoDistillConfig, VideoDistillOutput
+from videodistill.precision import keep_for_products, product_autocast
 
 CONFIG = VideoDistillConfig(
     embed_dim=16, patch_dim=24, token_dim=20, patch_grid=(2, 3), width=32, heads=4, frames=8, pick=3
@@ -86,6 +87,22 @@ def test_padding_changes_nothing(device: str, settings: dict[str, Any]) -> None:
             with torch.inference_mode():
                 expected = model(**given)
             assert_near(runner(**given), expected)
+
+
+@devices
+def test_in_bfloat16_with_weights_kept_so(device: str) -> None:
+    exact, given = model_on(device), inputs(device, 2, 4, 8, 4)  # a bucket's own sizes
+    model = model_on(device)
+    keep_for_products(model, "bf16")
+    with torch.inference_mode(), product_autocast(torch.device(device), "bf16"):
+        expected, found = model(**given), GraphRunner(model)(**given)
+    assert torch.equal(found.sample.indices, expected.sample.indices)
+    with torch.inference_mode():
+        full = exact(**given)
+    for name in ("answer_embed", "scores", "patch_gates"):
+        values, true = getattr(found, name).float(), getattr(full, name)
+        torch.testing.assert_close(values, getattr(expected, name).float(), atol=2e-2, rtol=2e-2)
+        assert 0 < (values - true).norm() < 0.05 * true.norm()
 
 
 @devices

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.videodistill.tiny import tiny_clip
 from videodistill.encoders import load_encoder
 from videodistill.model import VideoDistill, VideoDistillConfig
-from videodistill.model.layers import FrameGate, LanguageGate
+from videodistill.model.layers import FrameGate, LanguageGate, in_full
 
 N, S, M = 12, 16, 7
 
@@ -191,6 +191,24 @@ def test_untrained_answers_as_clip_does(tmp_path):
     assert output.sample.indices[0].tolist() == best.tolist()
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert ours.argmax() == expected.argmax()
+
+
+def test_logits_and_scores_keep_their_last_digits_under_autocast() -> None:
+    """They are compared, and in bfloat16 alike ones would be equal."""
+    model = trained(tiny_config(answers=[str(n) for n in range(40)])).eval()
+    width = model.answering.classifier.in_features
+    answer, choices = torch.randn(3, width), torch.randn(3, 5, width)
+    expected = model.vocabulary_logits(answer), model.choice_logits(answer, choices)
+    x = torch.randn(2, 4, model.config.width)
+    score = in_full(model.sampler.score, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.vocabulary_logits(answer), model.choice_logits(answer, choices)
+        assert torch.equal(in_full(model.sampler.score, x), score)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    model.double()
+    assert model.vocabulary_logits(answer.double()).dtype == torch.float64
+    assert model.choice_logits(answer.double(), choices.double()).dtype == torch.float64
 
 
 def test_fresh_answer_is_exactly_the_mean_of_the_chosen_frames():

@@ -148,7 +148,7 @@ def test_settings_name_what_decides_a_training(monkeypatch):
     here = run.name
     names = []
     for dtype in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(study, "cpu_products", lambda bf16, dtype=dtype: dtype)
+        monkeypatch.setattr(study, "cpu_product_dtype", lambda bf16, dtype=dtype: dtype)
         names.append(run.name)
     monkeypatch.undo()
     assert here in names and names[0] != names[1]

@@ -156,6 +156,19 @@ def test_results_of_other_settings_are_left_out(tmp_path):
     assert "3 results of other settings are left out" in page
 
 
+def test_results_of_the_recipe_itself_stand_above_others(tmp_path):
+    own = made_up("mean", 1, 40.0)
+    own["settings"]["study"]["videos"] = json.loads(json.dumps(RECIPE.videos))
+    unknown_schedule = made_up("gumbel", 1, 60.0)
+    del unknown_schedule["settings"]["head"]
+    newer = made_up("cross-attention", 1, 30.0, date="2000-01-03")
+    write(tmp_path, own, newer, unknown_schedule)
+    page = page_of(tmp_path)
+    assert row(page, "Accuracy", "mean pooling")[0] == "40.0"
+    assert row(page, "Accuracy", "cross-attention")[0] == "not yet run"
+    assert "2 results of other settings are left out" in page
+
+
 def test_what_was_not_asked_of_a_model_is_not_invented(tmp_path):
     record = made_up("mean", 1, 30.0)
     del record["results"]["K=8"]
