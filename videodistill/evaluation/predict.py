@@ -100,13 +100,13 @@ def predict(
         known = _known(partial, header, log)
         done.reused = len(known)
         left = [question for question in asked if question.question_id not in known]
-        with partial.open("w", encoding="utf-8") as file:
-            print(header, *known.values(), sep="\n", file=file, flush=True)
+        write_whole(partial, "".join(f"{line}\n" for line in (header, *known.values())))
+        with partial.open("a", encoding="utf-8") as file:
             settings = BatchConfig(videos, _QUESTIONS)
             for line in _answer(model, left, features, answers, pick, settings, workers, progress):
                 print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
                 done.answered += 1
-        _, *lines = partial.read_text(encoding="utf-8").splitlines()
+        _, *lines = _lines_of(partial)
         lines += [
             json.dumps({"question_id": name, "error": reason}, ensure_ascii=False)
             for name, reason in done.unseen.items()
@@ -145,14 +145,18 @@ def _digest(
 
 def _known(partial: Path, header: str, log: Callable[[str], None]) -> dict[str, str]:
     """Lines of an earlier run by question id; a last one that was cut off is left out."""
-    try:
-        lines = partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    except FileNotFoundError:
+    if not partial.exists():
         return {}
+    lines = _lines_of(partial)
     if not lines or lines[0] != header:
         log(f"{partial}: is of another model, other questions or features: begun anew")
         return {}
     return {json.loads(line)["question_id"]: line for line in lines[1:]}
+
+
+def _lines_of(partial: Path) -> list[str]:
+    """Whole lines; not by `splitlines`, which takes some characters of texts for ends of lines."""
+    return partial.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 @torch.inference_mode()
@@ -189,7 +193,7 @@ def _answer(
         cuda = encoder.device.type == "cuda"
         batches = load_batches(examples, plan, range(steps), workers=workers, pin=cuda)
         for step, batch in enumerate(batches):
-            for row, line in _lines(model, batch.to(encoder.device), answers, vocabulary, pick):
+            for row, line in _found(model, batch.to(encoder.device), answers, vocabulary, pick):
                 question = questions[row]
                 found = features[question.video]
                 start, end = question.interval or (0.0, float(found.duration))
@@ -205,7 +209,7 @@ def _answer(
             progress(min((step + 1) * settings.videos, plan.chunks), plan.chunks)
 
 
-def _lines(
+def _found(
     model: Answerer,
     batch: Batch,
     answers: Sequence[str] | None,

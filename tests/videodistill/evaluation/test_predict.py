@@ -59,7 +59,7 @@ def questions(dataset: Path) -> list[Question]:
 
 
 def lines_of(file: Path) -> dict[str, dict[str, Any]]:
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    entries = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
     assert len({entry["question_id"] for entry in entries}) == len(entries)
     return {entry.pop("question_id"): entry for entry in entries}
 
@@ -121,7 +121,9 @@ def test_a_stopped_run_goes_on(
     model: Answerer, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, out = small.features_of(VIDEOS), tmp_path / "out.jsonl"
+    questions[0] = replace(questions[0], question_id="q\u20280")  # not an end of a line
     predict(model, questions, features, out)
+    assert read_predictions(out).keys() == {q.question_id for q in questions}
     whole, partial = lines_of(out), tmp_path / "out.jsonl.partial"
     answer = predicting._answer
 
