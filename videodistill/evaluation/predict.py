@@ -77,7 +77,7 @@ def predict(
 
     Raises:
         UserError: ``out`` has another name or cannot be written, a question chooses between videos,
-            or features cannot be read.
+            features cannot be read, or the GPU has too little memory.
     """
     out = Path(out)
     if out.suffix != ".jsonl":
@@ -103,15 +103,22 @@ def predict(
         write_whole(partial, "".join(f"{line}\n" for line in (header, *known.values())))
         with partial.open("a", encoding="utf-8") as file:
             settings = BatchConfig(videos, _QUESTIONS)
-            for line in _answer(model, left, features, answers, pick, settings, workers, progress):
-                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
-                done.answered += 1
-        _, *lines = _lines_of(partial)
-        lines += [
+            lines = _answer(model, left, features, answers, pick, settings, workers, progress)
+            try:
+                for line in lines:
+                    print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+                    done.answered += 1
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{out}: the GPU has too little memory; run the same command again with fewer "
+                    "--videos, it goes on where it stopped"
+                ) from error
+        _, *written = _lines_of(partial)
+        written += [
             json.dumps({"question_id": name, "error": reason}, ensure_ascii=False)
             for name, reason in done.unseen.items()
         ]
-        write_whole(out, "".join(f"{line}\n" for line in lines))
+        write_whole(out, "".join(f"{line}\n" for line in written))
         partial.unlink()
     return done
 
@@ -229,7 +236,7 @@ def _found(
     )
     own: list[int] = []
     if batch.choice_mask.shape[1]:
-        logits = model.model.choice_logits(output.answer_embed, batch.choice_embed).float()
+        logits = model.model.choice_logits(output.answer_embed, batch.choice_embed)
         logits = logits.masked_fill(~batch.choice_mask, torch.finfo(logits.dtype).min)
         own = logits.argmax(-1).tolist()
     texts = None if answers is None else model.embed_answers(answers)[0]

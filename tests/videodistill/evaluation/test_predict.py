@@ -159,6 +159,17 @@ def test_a_stopped_run_goes_on(
         assert told == [f"{partial}: is of another model, other questions or features: begun anew"]
 
 
+def test_a_full_gpu_is_told_in_a_line(
+    model: Answerer, questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "_head", fail)
+    with pytest.raises(UserError, match=r"out.jsonl: the GPU has too little memory; .* --videos"):
+        predict(model, questions, small.features_of(VIDEOS), tmp_path / "out.jsonl")
+
+
 def test_what_cannot_be_answered_is_written_with_its_reason(
     model: Answerer, questions: list[Question], tmp_path: Path
 ) -> None:
