@@ -21,6 +21,8 @@ try:
     import typer
     from typer.core import TyperGroup
     from typer.main import get_group
+
+    from videodistill.options import Device, Precision
 except ModuleNotFoundError as missing:
     sys.stderr.write(
         f"videodistill: error: {missing.name} is not installed: pip install 'videodistill[model]'\n"
@@ -160,12 +162,8 @@ def answer(
         Path | None,
         typer.Option(help="Draw frame scores, chosen frames and gates into this picture."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1...; cuda where there is one by default.")
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of matrix products: fp32, or bf16, faster where the device has it.")
-    ] = "fp32",
+    device: Device = None,
+    precision: Precision = "fp32",
 ) -> None:
     """Answer questions about a video."""
     from videodistill.engine import checks

@@ -14,6 +14,7 @@ import typer
 from videodistill.engine.checks import ASSETS, check_count, check_precision
 from videodistill.errors import UserError
 from videodistill.listing import print_some, shown_progress
+from videodistill.options import Device, Precision
 from videodistill.processes import cores
 
 app = typer.Typer(help="Work on whole corpora.")
@@ -49,13 +50,8 @@ def extract(
             min=1, help="Processes.", show_default="one for each core, at most 4 with a GPU"
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1...", show_default="cuda where there is one"),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of matrix products: fp32, or bf16, faster where the device has it.")
-    ] = "fp32",
+    device: Device = None,
+    precision: Precision = "fp32",
     retry: Annotated[
         bool, typer.Option("--retry", help="Try again videos that failed in an earlier run.")
     ] = False,

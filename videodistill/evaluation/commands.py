@@ -17,6 +17,7 @@ from videodistill.evaluation.predictions import Prediction, read_evidence, read_
 from videodistill.evaluation.scoring import RULES, Scores, score
 from videodistill.evaluation.wups import WordNet
 from videodistill.listing import print_some, shown_progress
+from videodistill.options import Device, Precision
 
 app = typer.Typer(help="Evaluate answers.")
 
@@ -54,13 +55,8 @@ def predict_command(
     pick: Annotated[int | None, typer.Option(help="How many frames to answer from.")] = None,
     videos: Annotated[int, typer.Option(min=1, help="How many at once.")] = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read features ahead.")] = 2,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1...", show_default="cuda where there is one"),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of matrix products: fp32, or bf16, faster where the device has it.")
-    ] = "fp32",
+    device: Device = None,
+    precision: Precision = "fp32",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Answer all questions of a split, from features that videodistill extract computed.
