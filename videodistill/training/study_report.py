@@ -124,7 +124,7 @@ def study_page(
         "## Arms",
         _arms_table(found, arms),
     ]
-    for title, text, columns in _sections(recipe):
+    for title, text, columns in _sections(recipe) if records else []:
         parts.append(f"## {title}")
         parts += [text] if text else []
         parts.append(_table(["arm", *columns], _rows(found, arms, columns.values())))
@@ -365,6 +365,7 @@ def _rows(found: _ByArm, arms: Mapping[str, Arm], columns: Iterable[_Value]) -> 
     return [
         [arm.title, *(_cell(_values(found[name], value)) for value in columns)]
         for name, arm in arms.items()
+        if found[name]  # the table of arms says which are missing
     ]
 
 
