@@ -35,13 +35,15 @@ CXX_STANDARD = "c++17"
 OPERATORS = ("language_gate", "topk_sampling", "spacetime_attention")
 AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+# Levels that add products of bfloat16 alone are compiled for it alone (by_own_dtype in simd.h).
+BFLOAT16 = (*AVX512, "-mavx512bf16", "-DVD_BFLOAT16_ALONE")
 LEVELS = {
     # Instruction sets that kernels are compiled for, each into a C++ namespace of this name.
     "scalar": (),
     "avx2": AVX2,
     "avx512": AVX512,
-    "avx512_bf16": (*AVX512, "-mavx512bf16"),
-    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": BFLOAT16,
+    "amx": (*BFLOAT16, "-mamx-tile", "-mamx-bf16"),
 }
 KERNEL_FLAGS = (
     # The noise is specified without fused operations; where one may be fused, the code says so.

@@ -25,9 +25,7 @@ std::string runnable(const CpuFeatures& features) {
   return names;
 }
 
-}  // namespace
-
-IsaLevel level_to_run() {
+IsaLevel wanted_level() {
   static const CpuFeatures features = detect_cpu_features();
   static const IsaLevel best = [] {
     IsaLevel found = IsaLevel::kScalar;
@@ -44,6 +42,13 @@ IsaLevel level_to_run() {
   }
   throw std::runtime_error("VD_CPU_ISA must be one of " + runnable(features) + ", got \"" +
                            wanted + "\"");
+}
+
+}  // namespace
+
+IsaLevel level_to_run(Dtype dtype) {
+  const IsaLevel level = wanted_level();
+  return dtype == Dtype::kBFloat16 || level < IsaLevel::kAvx512Bf16 ? level : IsaLevel::kAvx512;
 }
 
 }  // namespace vd

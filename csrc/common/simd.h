@@ -1,8 +1,9 @@
 // Vectors of floats as wide as the instruction set that this file is compiled for.
 //
-// Kernels are compiled once for each level of cpu_isa.h, each time into a namespace of its own
-// (VD_ISA, a word that setup.py sets), and must not use templates of std or torch: the linker keeps
-// one copy of those, and it might be the one with instructions that this machine lacks.
+// Kernels are compiled once for each level of cpu_isa.h (those that add products of bfloat16 alone for
+// it alone), each time into a namespace of its own (VD_ISA, a word that setup.py sets), and must not
+// use templates of std or torch: the linker keeps one copy of those, and it might be the one with
+// instructions that this machine lacks.
 //
 // Floating-point contraction is off (setup.py): where a multiply-add is fused, it says `fma`.
 #pragma once
@@ -328,6 +329,18 @@ VD_INLINE void by_dtype(Dtype dtype, const Run& run) {
     case Dtype::kHalf:
       return run(Half{});
   }
+}
+
+// The same for what kernels are run for. Levels that add products of bfloat16, and nothing else, are run
+// for it alone (levels.h), and compiled for it alone.
+template <typename Run>
+VD_INLINE void by_own_dtype(Dtype dtype, const Run& run) {
+#if defined(VD_BFLOAT16_ALONE)
+  (void)dtype;
+  run(BFloat16{});
+#else
+  by_dtype(dtype, run);
+#endif
 }
 
 // --- rows: n elements that need not fill whole vectors -------------------------------------------

@@ -20,14 +20,13 @@ constexpr int kTileSize = 16;  // rows, and units of a row
 
 #if VD_TILES
 
-// While one of these lives, tiles of bfloat16 can be used.
+// While one of these lives, tiles can be used.
 class Tiles {
  public:
 #if VD_TILES_IN_LOOPS
-  explicit Tiles(Dtype) {}
+  Tiles() {}
 #else
-  explicit Tiles(Dtype dtype) : used_(dtype == Dtype::kBFloat16) {
-    if (!used_) return;
+  Tiles() {
     struct alignas(64) {
       uint8_t palette = 1, first_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -40,14 +39,9 @@ class Tiles {
     asm volatile("" : : "r"(&whole) : "memory");  // GCC 12 takes the first bytes alone for read
     _tile_loadconfig(&whole);
   }
-  ~Tiles() {
-    if (used_) _tile_release();
-  }
+  ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
-
- private:
-  bool used_;
 #endif
 };
 
@@ -184,7 +178,7 @@ inline void multiply_tiled(int64_t m, int64_t n, int64_t k, const float* a, int6
 #else
 
 struct Tiles {
-  explicit Tiles(Dtype) {}
+  Tiles() {}
 };
 
 #endif

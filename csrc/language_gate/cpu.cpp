@@ -22,7 +22,7 @@ Tensor floats_like(const Tensor& x, int64_t count) {
 
 // What forward and backward both need: sizes, and the question's real tokens packed.
 struct Call {
-  const Kernels& kernels = VD_PICK_KERNELS(language_gate_kernels);
+  const Kernels& kernels;
   Arguments g{};
   int64_t batch, tokens, heads;
   const bool* real;
@@ -31,7 +31,8 @@ struct Call {
   Call(const Tensor& query, const Tensor& key_, const MaybeTensor& value,
        const MaybeTensor& gate_value_, const MaybeTensor& key_mask, const MaybeTensor& bias,
        double scale, int64_t reduction)
-      : batch(query.size(0)),
+      : kernels(VD_PICK_KERNELS(language_gate_kernels, dtype_of(query))),
+        batch(query.size(0)),
         tokens(key_.size(1)),
         heads(query.size(2)),
         real(key_mask ? static_cast<const bool*>(key_mask->const_data_ptr()) : nullptr),

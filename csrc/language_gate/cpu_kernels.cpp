@@ -29,7 +29,7 @@ struct Widened : BFloat16 {};
 template <typename Run>
 VD_INLINE void by_form(Dtype dtype, bool mean, const Run& run) {
   if (dtype == Dtype::kBFloat16 && mean) return run(Widened{});
-  by_dtype(dtype, run);
+  by_own_dtype(dtype, run);
 }
 
 int64_t row_step_of(Dtype dtype, bool mean) {
@@ -94,7 +94,7 @@ struct Room {
 
 int64_t forward_scratch(const Arguments& g) {
   int64_t floats = 0;
-  by_dtype(g.dtype, [&](auto t) { floats = Room<decltype(t)>(g, nullptr).carve.used(); });
+  by_own_dtype(g.dtype, [&](auto t) { floats = Room<decltype(t)>(g, nullptr).carve.used(); });
   return floats;
 }
 
@@ -369,7 +369,7 @@ struct GradientRoom : Room<T> {
 
 int64_t backward_scratch(const Arguments& g) {
   int64_t floats = 0;
-  by_dtype(g.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(g, nullptr).carve.used(); });
+  by_own_dtype(g.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(g, nullptr).carve.used(); });
   return floats;
 }
 
@@ -616,13 +616,13 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
-  const Tiles tiles(g.dtype);
+  const Tiles tiles;
   by_form(g.dtype, g.reduction == Reduction::kMean,
           [&](auto t) { forward_blocks<decltype(t)>(g, begin, end, scratch); });
 }
 
 void backward(const Arguments& g, int64_t begin, int64_t end, float* scratch) {
-  const Tiles tiles(g.dtype);
+  const Tiles tiles;
   by_form(g.dtype, g.reduction == Reduction::kMean,
           [&](auto t) { backward_tasks<decltype(t)>(g, begin, end, scratch); });
 }

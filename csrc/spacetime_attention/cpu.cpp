@@ -71,7 +71,7 @@ void forward(Tensor query, Tensor key, Tensor value, int64_t axis, std::vector<i
                              prefix_query, prefix_key, prefix_value, gate, scale);
   a.out = out.mutable_data_ptr();
   a.prefix_out = prefix_out ? prefix_out->mutable_data_ptr() : nullptr;
-  const Kernels& kernels = VD_PICK_KERNELS(spacetime_attention_kernels);
+  const Kernels& kernels = VD_PICK_KERNELS(spacetime_attention_kernels, a.dtype);
   parallel(kernels.tasks(a), 1, [&](int64_t begin, int64_t end) {
     kernels.forward(a, begin, end, scratch(kernels.forward_scratch(a)));
   });
@@ -150,7 +150,7 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_prefix_out, Tensor query, T
   a.grad_prefix_key = prefix_key_sums.data();
   a.grad_prefix_value = prefix_value_sums.data();
   a.grad_gate = gate_sums.data();
-  const Kernels& kernels = VD_PICK_KERNELS(spacetime_attention_kernels);
+  const Kernels& kernels = VD_PICK_KERNELS(spacetime_attention_kernels, a.dtype);
   parallel(kernels.tasks(a), 1, [&](int64_t begin, int64_t end) {
     kernels.backward(a, begin, end, scratch(kernels.backward_scratch(a)));
   });

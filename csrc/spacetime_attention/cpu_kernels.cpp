@@ -156,7 +156,7 @@ struct Room {
 int64_t forward_scratch(const Arguments& a) {
   if (are_few(a)) return few_scratch(a);
   int64_t floats = 0;
-  by_dtype(a.dtype, [&](auto t) { floats = Room<decltype(t)>(a, nullptr).carve.used(); });
+  by_own_dtype(a.dtype, [&](auto t) { floats = Room<decltype(t)>(a, nullptr).carve.used(); });
   return floats;
 }
 
@@ -309,7 +309,7 @@ struct GradientRoom : Room<T> {
 int64_t backward_scratch(const Arguments& a) {
   if (are_few(a)) return few_scratch(a);
   int64_t floats = 0;
-  by_dtype(a.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(a, nullptr).carve.used(); });
+  by_own_dtype(a.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(a, nullptr).carve.used(); });
   return floats;
 }
 
@@ -514,8 +514,8 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
 }
 
 void forward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  const Tiles tiles(a.dtype);
-  by_dtype(a.dtype, [&](auto t) {
+  const Tiles tiles;
+  by_own_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     if (are_few(a)) return forward_few<T>(a, begin, end, scratch);
     forward_tasks<T>(a, begin, end, scratch);
@@ -523,8 +523,8 @@ void forward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
 }
 
 void backward(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
-  const Tiles tiles(a.dtype);
-  by_dtype(a.dtype, [&](auto t) {
+  const Tiles tiles;
+  by_own_dtype(a.dtype, [&](auto t) {
     using T = decltype(t);
     if (are_few(a) && a.grad_out.data) return backward_few<T>(a, begin, end, scratch);
     backward_tasks<T>(a, begin, end, scratch);

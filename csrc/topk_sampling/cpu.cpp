@@ -79,7 +79,7 @@ class Call {
     parallel(c.rows, least, [&](int64_t begin, int64_t end) { kernel(c, begin, end); });
   }
 
-  const Kernels& kernels = VD_PICK_KERNELS(topk_sampling_kernels);
+  const Kernels& kernels = VD_PICK_KERNELS(topk_sampling_kernels, Dtype::kFloat);
   Choice c{};
 };
 
@@ -208,8 +208,8 @@ void run(const Kernels& kernels, void (*kernel)(const Gather&, int64_t, int64_t,
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 void gather(Tensor values, Tensor weights, Tensor indices, Tensor out) {
-  const Kernels& kernels = VD_PICK_KERNELS(topk_sampling_kernels);
   Gather g = gather_of(values, weights, indices);
+  const Kernels& kernels = VD_PICK_KERNELS(topk_sampling_kernels, g.dtype);
   g.out = out.mutable_data_ptr();
   g.stream = is_large(out);
   run(kernels, kernels.gather, g, g.rows * parts(g.width, kWidth), grain(g.slots * g.width));
@@ -217,8 +217,8 @@ void gather(Tensor values, Tensor weights, Tensor indices, Tensor out) {
 
 void gather_backward(Tensor grad, Tensor values, Tensor weights, Tensor indices,
                      MaybeTensor grad_values, MaybeTensor grad_weights) {
-  const Kernels& kernels = VD_PICK_KERNELS(topk_sampling_kernels);
   Gather g = gather_of(values, weights, indices);
+  const Kernels& kernels = VD_PICK_KERNELS(topk_sampling_kernels, g.dtype);
   g.grad = grad.const_data_ptr();
   g.grad_row = grad.stride(0);
   g.grad_slot = grad.stride(1);

@@ -1,4 +1,6 @@
 // topk_sample and topk_gather for one instruction set.
+#ifndef VD_BFLOAT16_ALONE  // avx512's serve there, too
+
 #include "topk_sampling/cpu_kernels.h"
 
 #include "common/carve.h"
@@ -8,9 +10,6 @@
 #include "topk_sampling/noise.h"
 
 namespace vd {
-
-#ifndef __AMX_BF16__  // avx512_bf16's serve there
-
 namespace VD_ISA {
 namespace {
 
@@ -484,7 +483,6 @@ constexpr topk_sampling::Kernels topk_sampling_kernels = {
 };
 
 }  // namespace VD_ISA
-
-#endif  // __AMX_BF16__
-
 }  // namespace vd
+
+#endif  // VD_BFLOAT16_ALONE

@@ -81,6 +81,6 @@ constexpr int64_t kFrames = 48;
 
 }  // namespace topk_sampling
 
-VD_DECLARE_KERNELS_WITHOUT_TILES(topk_sampling::Kernels, topk_sampling_kernels)
+VD_DECLARE_KERNELS_WITHOUT_PRODUCTS(topk_sampling::Kernels, topk_sampling_kernels)
 
 }  // namespace vd
