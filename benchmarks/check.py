@@ -1,8 +1,7 @@
 """Correct before fast: results and gradients against float64, before anything is timed.
 
 What is allowed depends on the data (`vd_kernels.testing.tolerance`): twice the error that the plain
-formula makes in the inputs' dtype, and a few roundings; for a task of many operators its `slack`
-times as much.
+formula makes in the inputs' dtype, and a few roundings; of others' forms `slack` times as much.
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ class Check:
         poison = contestant.ours and not contestant.compiled
         with poisoned() if poison else contextlib.nullcontext():
             found = self._named(call(self.given, lambda work: work()))
-        # What is made of many operators is held to the rule of one, if it is ours.
         slack = 1.0 if contestant.ours else self.case.task.slack
         try:
             for (name, exact, allowed), result in zip(truths, found.values(), strict=True):
