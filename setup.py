@@ -172,12 +172,10 @@ def compile_flags() -> list[str]:
 
 
 def link_flags(ext: Extension) -> list[str]:
-    # On macOS the interpreter brings Python's symbols when the module is loaded; -s drops the
-    # symbol table, which only sanitizers read. torch's own library is loaded when ours is.
-    if sys.platform == "darwin":
-        flags = ["-bundle", "-undefined", "dynamic_lookup"]
-    else:
-        flags = ["-shared"] if sanitizer_flags() else ["-shared", "-s"]
+    # On macOS the interpreter brings Python's symbols when the module is loaded; torch's own
+    # library is there when ours is. The symbol table stays: it is small, and profilers read it.
+    darwin = ["-bundle", "-undefined", "dynamic_lookup"]
+    flags = darwin if sys.platform == "darwin" else ["-shared"]
     flags += sanitizer_flags()
     if not ext.name.endswith("._C"):
         flags += [f"-L{torch_folder() / 'lib'}", "-ltorch_cpu"]

@@ -163,6 +163,10 @@ def _case_parts(result: Results, case: CaseResult) -> Iterator[str]:
     if mine and mine.others:
         parts = (f"`{name}` {_ms(time)}" for name, time in mine.others.items())
         yield f"Outside of products, most of {mine.name}'s ms: {', '.join(parts)}."
+    if mine and mine.functions:
+        parts = (f"`{name}` {share:.0%}" for name, share in mine.functions.items())
+        elsewhere = 1 - sum(mine.functions.values())
+        yield f"Samples of {mine.name} by function: {', '.join(parts)}, elsewhere {elsewhere:.0%}."
     left_out = [f"- {entry.name}: {entry.note}" for entry in case.entries if entry.spread is None]
     if left_out:
         yield "\n".join(left_out)

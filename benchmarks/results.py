@@ -42,6 +42,8 @@ class Entry:
     """Seconds in the matrix products of linear layers; only of the whole head."""
     others: dict[str, float] = field(default_factory=dict)
     """Seconds in the operations that take most besides."""
+    functions: dict[str, float] = field(default_factory=dict)
+    """Shares of its samples by function of the C++ kernels (profiling.py); none of a whole head."""
 
     @property
     def rest(self) -> float | None:

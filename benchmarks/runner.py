@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from benchmarks.cases import Case, Contestant, Inputs
 from benchmarks.check import Check
 from benchmarks.floors import copying
 from benchmarks.memory import weigh
+from benchmarks.profiling import sampled
 from benchmarks.results import CaseResult, Entry
 from benchmarks.timing import Budget, Clock, Quiet, interleaved
 
@@ -74,6 +76,7 @@ def measure(
             spread=None if fault else spreads[name],
             products=products,
             others=others,
+            functions={} if fault else _functions(case, contestants[name], call, sets),
         )
     if case.device == "cuda":
         torch.cuda.empty_cache()
@@ -120,6 +123,16 @@ def _sets(case: Case, check: Check, cold_bytes: int) -> list[Given]:
 
 def _size(inputs: Inputs) -> int:
     return sum(x.nbytes for x in inputs.values() if isinstance(x, torch.Tensor))
+
+
+def _functions(
+    case: Case, contestant: Contestant, call: Call, sets: list[Given]
+) -> dict[str, float]:
+    """Where the C++ kernels spend their time; a backward alone cannot be called without forward."""
+    if contestant.name != "cpp" or case.curve or case.repeats > 1 or case.mode == "backward":
+        return {}
+    turns = itertools.cycle(sets)
+    return sampled(lambda: call(next(turns), lambda work: work()))
 
 
 def _parts(call: Call, given: Given, seconds: float) -> tuple[float, dict[str, float]]:
