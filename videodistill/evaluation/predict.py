@@ -242,25 +242,38 @@ def _found(
     texts = None if answers is None else model.embed_answers(answers)[0]
     open_ended = model.open_logits(output.answer_embed, texts).argmax(-1).tolist()
     chooses = batch.choice_mask.any(1).tolist()
-    scores, times = output.scores.float().cpu(), batch.times.float().cpu()
-    each = len(batch.rows) // len(times)
-    counts = [times.shape[1]] * len(times)
-    if batch.frame_mask is not None:
-        counts = batch.frame_mask.sum(1).tolist()
+    frames = frames_of(batch, output.scores)
     chosen, real = output.sample.indices.tolist(), output.sample.slot_mask.tolist()
-    for place, row in enumerate(batch.rows.tolist()):
+    for place, (row, (scores, times)) in enumerate(zip(batch.rows.tolist(), frames, strict=True)):
         if row < 0:
             continue
-        video = place // each
         yield (
             row,
             {
                 "prediction": own[place] if chooses[place] else vocabulary[open_ended[place]],
-                "scores": scores[place, : counts[video]],
-                "times": times[video, : counts[video]],
+                "scores": scores,
+                "times": times,
                 "frames": [n for n, there in zip(chosen[place], real[place], strict=True) if there],
             },
         )
+
+
+def frames_of(batch: Batch, scores: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each row's real frames, on the CPU: scores [n], and times [n] from 0 to 1.
+
+    Args:
+        batch: With B rows about V videos of up to N frames.
+        scores: [B,N].
+    """
+    scores, times = scores.float().cpu(), batch.times.float().cpu()
+    each = len(scores) // len(times)
+    counts = [times.shape[1]] * len(times)
+    if batch.frame_mask is not None:
+        counts = batch.frame_mask.sum(1).tolist()
+    return [
+        (of_row[: counts[row // each]], times[row // each, : counts[row // each]])
+        for row, of_row in enumerate(scores)
+    ]
 
 
 def stretch_around_best(scores: Tensor, seconds: Tensor, end: float, start: float = 0.0) -> Stretch:

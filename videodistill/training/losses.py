@@ -121,6 +121,8 @@ class Outcome(NamedTuple):
     vocabulary; -1 where there is neither."""
     seen: Tensor
     """bool [B]: whether one of the chosen frames shows the evidence."""
+    scores: Tensor | None = None
+    """[B,N], without gradients: of the frames; None where the sampler learns alone."""
 
 
 class Objective(nn.Module):
@@ -187,7 +189,7 @@ class Objective(nn.Module):
             sums["evidence"] = self._evidence_sum(batch, output.scores)
         if batch.pairs is not None:
             sums |= self._pair_losses(batch, output, masked_text)
-        return Outcome(sums, guesses, seen.any(1))
+        return Outcome(sums, guesses, seen.any(1), output.scores.detach())
 
     def _scores(self, batch: Batch) -> Tensor:
         return self.model.sampler.score_frames(

@@ -58,9 +58,9 @@ class Material:
     """Of everything that decides what is learnt, beside the configuration."""
     _wups: dict[str, Any] = field(default_factory=dict)
 
-    def score(self, answers: Mapping[str, int | str]) -> Scores:
-        """Answers to the validation questions by id; those of unseen videos count as wrong."""
-        predictions = {name: Prediction(answer) for name, answer in answers.items()}
+    def score(self, predictions: Mapping[str, Prediction]) -> Scores:
+        """Of the validation questions, by id; those of unseen videos count as wrong."""
+        predictions = dict(predictions)
         for question in self.val.unseen:
             predictions[question.question_id] = Prediction(error=f"no features of {question.video}")
         return score(

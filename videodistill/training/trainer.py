@@ -33,9 +33,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from videodistill.data.record import Stretch
 from videodistill.encoders import ImageTextEncoder, load_encoder
 from videodistill.engine.feature_cache import FeatureCache
 from videodistill.errors import UserError
+from videodistill.evaluation.predict import frames_of, stretch_around_best
+from videodistill.evaluation.predictions import Prediction
 from videodistill.model import VideoDistill
 from videodistill.training.checkpoint import (
     export_model,
@@ -53,6 +56,8 @@ from videodistill.training.progress import LogFiles, show_progress, stop_asked
 Log = Callable[[str], None]
 
 _RECALL = "evidence recall"
+_Answered = tuple[int, int, bool, Stretch | None]
+"""Row, guess, whether evidence was seen, the stretch shown as evidence."""
 
 _CHANGEABLE = {
     *("out", "encoder", "data.path", "data.features", "data.answers", "data.workers"),
@@ -502,7 +507,7 @@ class _Run:
             pin=accelerator.device.type == "cuda",
         )
         self.wrapped.eval()
-        answers: list[tuple[int, int, bool]] = []
+        answers: list[_Answered] = []
         sums: dict[str, float] = defaultdict(float)
         totals: dict[str, int] = defaultdict(int)
         wrapped, self.wrapped = self.wrapped, self.objective  # no gradients to exchange
@@ -511,8 +516,10 @@ class _Run:
             for name, value in outcome.losses.items():
                 sums[name] += float(value)
                 totals[name] += batch.totals[name]
-            columns = batch.rows, outcome.guesses, outcome.seen
-            answers += zip(*(column.tolist() for column in columns), strict=True)
+            rows, guesses, seen = (
+                column.tolist() for column in (batch.rows, outcome.guesses, outcome.seen)
+            )
+            answers += zip(rows, guesses, seen, self._stretches(rows, batch, outcome), strict=True)
         self.wrapped = wrapped
         if accelerator.num_processes > 1:
             answers = gather_object(answers)
@@ -527,7 +534,7 @@ class _Run:
         if not self.pretraining:
             self.metrics |= {
                 name: metric.percent
-                for name, metric in self.material.score(self._texts(answers)).metrics.items()
+                for name, metric in self.material.score(self._predictions(answers)).metrics.items()
             }
             self.metrics |= self._recall(answers)
         files.write(self.progress.step, self.metrics, "validation")
@@ -536,25 +543,43 @@ class _Run:
         self.log(f"step {self.progress.step}: validation {', '.join(told)}")
         self._keep_best()
 
-    def _recall(self, answers: Iterable[tuple[int, int, bool]]) -> dict[str, float]:
+    def _stretches(self, rows: list[int], batch: Batch, outcome: Outcome) -> list[Stretch | None]:
+        """Of each row the seconds that the model shows as evidence, where evidence is known."""
+        found: list[Stretch | None] = [None] * len(rows)
+        if outcome.scores is None or not self.material.val.grounded:
+            return found
+        for place, (scores, times) in enumerate(frames_of(batch, outcome.scores)):
+            question = self.material.val.asked[rows[place]]
+            if rows[place] < 0 or not question.evidence:
+                continue
+            duration = float(self.val_examples.features[question.video].duration)
+            start, end = question.interval or (0.0, duration)
+            found[place] = stretch_around_best(scores, start + times * (end - start), end, start)
+        return found
+
+    def _recall(self, answers: Iterable[_Answered]) -> dict[str, float]:
         """Percent of the validation questions with evidence that have a chosen frame in it."""
         grounded = self.material.val.grounded
         if not grounded:
             return {}
         asked = self.material.val.asked
-        seen = sum(seen for row, _, seen in answers if row >= 0 and asked[row].evidence)
+        seen = sum(seen for row, _, seen, _ in answers if row >= 0 and asked[row].evidence)
         return {_RECALL: 100 * seen / grounded}
 
-    def _texts(self, answers: Iterable[tuple[int, int, bool]]) -> dict[str, int | str]:
-        """Answers by question id, of (row, guess, seen)."""
-        texts: dict[str, int | str] = {}
-        for row, guess, _ in answers:
-            if row < 0 or guess < 0:
+    def _predictions(self, answers: Iterable[_Answered]) -> dict[str, Prediction]:
+        """By question id."""
+        predictions: dict[str, Prediction] = {}
+        for row, guess, _, stretch in answers:
+            if row < 0:
                 continue
             question = self.material.val.asked[row]
-            open_ended = question.choices is None
-            texts[question.question_id] = self.material.vocabulary[guess] if open_ended else guess
-        return texts
+            answer: int | str | None = guess
+            if guess < 0:
+                answer = None
+            elif question.choices is None:
+                answer = self.material.vocabulary[guess]
+            predictions[question.question_id] = Prediction(answer, stretch)
+        return predictions
 
     def _keep_best(self) -> None:
         progress, metric = self.progress, self.config.validation.metric

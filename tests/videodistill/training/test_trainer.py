@@ -440,6 +440,27 @@ def test_validation_tells_how_often_evidence_was_seen(
     assert any("validation all" in line and "evidence recall 50" in line for line in lines)
 
 
+def test_validation_scores_the_stretches_that_a_model_shows(
+    configure: Any, features: Any, small_encoder: Any, dataset: Path
+) -> None:
+    """By NExT-GQA's rule; a model that does not choose shows all of the video."""
+    heads = "video_id,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4"
+    for split, video in (("train", 0), ("val", 6)):
+        (dataset / f"{split}.jsonl").unlink()
+        rows = [f"v{video},80,8,8,why {n},red,{n},CW,red,a,b,c,d" for n in range(3)]
+        (dataset / f"{split}.csv").write_text("\n".join([heads, *rows]) + "\n")
+    location = {"0": [[0, 10]], "1": [[1, 2], [4, 8]]}
+    grounding = {"v6": {"duration": 10, "fps": 8, "location": location}}
+    (dataset / "gsub_val.json").write_text(json.dumps(grounding))
+    settings = ("data.dataset=nextgqa", "steps=1", "model.frame_choice=uniform")
+    features = {name.removesuffix(".mp4"): found for name, found in features.items()} | features
+    config = configure("run", *settings, "validation.metric=mIoP")
+    result = train(config, features=features, encoder=small_encoder, log=quiet)
+    assert result.best == result.metrics["mIoP"] == pytest.approx(70.0)
+    assert result.metrics["IoP@0.5"] == 50.0
+    assert result.metrics["Acc@GQA"] in (0.0, 50.0)
+
+
 def test_features_of_another_encoder_are_refused(
     configure: Any, features: Any, small_encoder: Any
 ) -> None:
