@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.goals import Goal, best, goals
-from benchmarks.results import ROOT, CaseResult, Entry, Results, committed
+from benchmarks.results import ROOT, CaseResult, Entry, Environment, Results, committed
 from benchmarks.timing import Spread
 
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
@@ -50,16 +51,67 @@ def within(readme: str, results: Sequence[Results]) -> str:
 
 
 def summary(results: Sequence[Results]) -> str:
-    """For README: each case that has a goal, ours beside the best other."""
+    """For README: each case that has a goal on each device, ours against the best other."""
     parts = []
     for kind, name in KINDS.items():
-        found = [r for r in results if r.environment.kind == kind]
-        if not found:
+        devices: dict[str, list[Results]] = defaultdict(list)
+        for result in results:
+            if result.environment.kind == kind:
+                devices[result.environment.slug].append(result)
+        if not devices:
             parts.append(f"{name}: not yet measured.")
-        for result in found:
-            if table := _goal_table(result):
-                parts += [f"{name}: {_where(result)}", table]
+            continue
+        columns = {_device(found[0].environment): found for found in devices.values()}
+        rows = [[_title(case), *cells] for case, cells in _ratios(kind, columns.values())]
+        parts += [
+            f"{name}: how many times as fast ours is as the fastest of all others, and in brackets "
+            "how many times as long it takes as what nothing can undercut: moving the bytes, or "
+            "forming the products.",
+            _table(["case", *columns], rows),
+            "\n".join(_origin(device, found) for device, found in columns.items()),
+        ]
     return "\n\n".join(parts)
+
+
+def _ratios(kind: str, columns: Iterable[list[Results]]) -> Iterator[tuple[CaseResult, list[str]]]:
+    """Cases with goals that some device has, and each device's cell."""
+    columns = list(columns)
+    for name in goals(kind):
+        of_devices = [
+            next(((r, r.cases[name]) for r in found if name in r.cases), None) for found in columns
+        ]
+        known = [pair for pair in of_devices if pair]
+        if known:
+            yield known[0][1], ["" if pair is None else _ratio_cell(*pair) for pair in of_devices]
+
+
+def _ratio_cell(result: Results, case: CaseResult) -> str:
+    mine, other = best(case, ours=True), best(case, ours=False)
+    if mine is None or other is None:
+        return "not measured"
+    speed = other.spread.median / mine.spread.median
+    floors = mine.spread.median / result.floor(case)
+    return f"{speed:.2f} ({floors:.1f})" + ", inconclusive" * case.inconclusive
+
+
+def _device(env: Environment) -> str:
+    """Its name as short as can be, with what tells it from others of the name."""
+    name = re.sub(r"\(R\)|\(TM\)|\bProcessor\b", "", env.device)
+    return " ".join(f"{name} {env.vectors.replace('_', ' ')}".split())
+
+
+def _title(case: CaseResult) -> str:
+    sizes = " ".join(f"{name}{size}" for name, size in case.sizes.items())
+    mode = {"both": "training"}.get(case.mode, case.mode)
+    return f"`{case.operator}` {case.variant}, {mode}, {case.dtype}, {sizes}"
+
+
+def _origin(device: str, found: Sequence[Results]) -> str:
+    commits = ", ".join(dict.fromkeys(result.environment.commit[:10] for result in found))
+    last = max(result.date for result in found)[:10]
+    threads = found[0].environment.threads
+    on = f", {threads} threads" * (found[0].environment.kind == "cpu")
+    return f"- {device}{on}: measured at commit {commits}, until {last}."
 
 
 def performance(results: Sequence[Results]) -> str:

@@ -96,11 +96,15 @@ class Environment:
     quick: bool
 
     @property
-    def slug(self) -> str:
-        """Names the folder. Processors of one name may differ in their instruction sets."""
+    def vectors(self) -> str:
+        """The widest instruction set; processors of one name may differ in it."""
         widest = next((flag for flag in _VECTORS if flag in self.cpu_flags), "")
-        vectors = f"-{widest}" if self.kind == "cpu" and widest else ""
-        words = f"{self.device}{vectors}-{self.threads}-threads"
+        return widest if self.kind == "cpu" else ""
+
+    @property
+    def slug(self) -> str:
+        """Names the folder."""
+        words = f"{self.device}-{self.vectors}-{self.threads}-threads"
         return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 

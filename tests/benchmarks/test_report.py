@@ -167,14 +167,20 @@ def test_tables_say_what_was_measured(results: Results, tmp_path: Path) -> None:
 
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\nRest.\n") and "old" not in text
-    row = next(line for line in text.splitlines() if results.cases[name].title in line)
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:] == ["10 (torch.compile)", "4 (cpp)", "1.00", "speed ≥ 2: 2.50, met"]
-    row = next(line for line in text.splitlines() if results.cases[slow].title in line)
-    assert "1.11, missed" in row
-    assert ", inconclusive" in text and "GPU: not yet measured." in text
+    assert "| case | Made up avx2 |" in text
+    assert (
+        "| `spacetime_attention` time, forward, float32, B4 T16 S196 H12 D64 | 2.50 (1.0) |" in text
+    )
+    assert "time-gate, forward, float32, B4 T16 S196 H12 D64 | 1.11 (2.2) |" in text
+    assert ", inconclusive |" in text and "GPU: not yet measured." in text
+    assert "- Made up avx2, 2 threads: measured at commit 0123456789, until 2000-01-01." in text
 
     page = (tmp_path / "docs" / "performance.md").read_text()
+    row = next(line for line in page.splitlines() if f"| {results.cases[name].title}" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == ["10 (torch.compile)", "4 (cpp)", "1.00", "speed ≥ 2: 2.50, met"]
+    row = next(line for line in page.splitlines() if f"| {results.cases[slow].title}" in line)
+    assert "1.11, missed" in row and ", inconclusive" in page
     assert "published form: wrong: result 0: 1 of 2 differ" in page
     assert "50% of empty parallel regions" in page
     assert "Outside of products, most of cpp's ms: `aten::add` 0.5." in page
@@ -182,6 +188,22 @@ def test_tables_say_what_was_measured(results: Results, tmp_path: Path) -> None:
     plots = [path.name for path in written if path.suffix == ".png"]
     assert plots == ["performance-made-up-avx2-2-threads-spacetime_attention-time-T.png"]
     assert all(f"({plot})" in page for plot in plots)
+
+
+def test_readme_sets_devices_side_by_side(results: Results) -> None:
+    """Each case from the result that has it, of two files of one device and one of another."""
+    first, second, *_ = results.cases
+    older = replace(results, cases={first: made_up(first, 2.0)})
+    newer = replace(results, cases={second: made_up(second, 4.0)})
+    wide = replace(ENVIRONMENT, cpu_flags=("avx2", "avx512f"))
+    other = replace(results, environment=wide, cases={second: made_up(second, 8.0)})
+    text = report.summary([newer, older, other])
+    assert "| case | Made up avx2 | Made up avx512f |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [row.split("|")[2:4] for row in rows] == [
+        [" 5.00 (0.5) ", "  "],
+        [" 2.50 (1.0) ", " 1.25 (2.0) "],
+    ]
 
 
 def test_readme_without_markers_is_refused(results: Results) -> None:
@@ -307,6 +329,6 @@ def test_results_lie_in_a_folder_of_their_processor() -> None:
         environment = Results.load(path).environment
         assert path.parent.name == environment.slug
         if environment.kind == "cpu":
-            narrower = replace(environment, cpu_flags=("avx", "avx2"))
-            plain = replace(environment, cpu_flags=())
-            assert len({environment.slug, narrower.slug, plain.slug}) == 3
+            flags = ((), ("avx", "avx2"), ("avx2", "avx512f"))
+            slugs = {replace(environment, cpu_flags=some).slug for some in flags}
+            assert len(slugs) == 3
