@@ -85,3 +85,8 @@ def is_observed(*arguments: Any) -> bool:
     return not _PLAIN.issuperset(map(type, arguments)) and any(
         isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments
     )
+
+
+# Bytes of scratch memory that the threads of C++ kernels have asked for since it was told last, of
+# each thread the most at once. They keep it, and torch does not count it.
+define_private("_scratch_bytes_cpp() -> int")

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -39,6 +40,33 @@ inline float* floats_of(const MaybeTensor& x) {
 // Bytes from which on results are written around the cache: nobody will find them there anyway.
 constexpr int64_t kStreamBytes = 4 << 20;
 
+// Bytes of scratch memory that threads have asked for since it was told last: of each thread the most
+// at once. Measuring asks, as no book of torch's knows of them.
+class ScratchBook {
+ public:
+  // What is in it of one thread.
+  struct Entry {
+    int64_t round = 0, bytes = 0;
+  };
+
+  void enter(int64_t bytes, Entry* mine) {
+    const int64_t round = round_.load(std::memory_order_relaxed);
+    if (mine->round != round) *mine = {round, 0};
+    if (bytes <= mine->bytes) return;
+    bytes_.fetch_add(bytes - mine->bytes, std::memory_order_relaxed);
+    mine->bytes = bytes;
+  }
+
+  int64_t tell() {
+    round_.fetch_add(1, std::memory_order_relaxed);
+    return bytes_.exchange(0, std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<int64_t> round_{0}, bytes_{0};
+};
+inline ScratchBook scratch_book;
+
 // A thread's scratch memory, kept for its next call. Contents are undefined.
 inline float* scratch(int64_t floats) {
   struct Free {
@@ -46,14 +74,17 @@ inline float* scratch(int64_t floats) {
   };
   thread_local std::unique_ptr<float, Free> memory;
   thread_local int64_t size = 0;
-  if (floats > size) {
+  thread_local ScratchBook::Entry entry;
+  constexpr int64_t kPage = 4096 / sizeof(float);
+  const int64_t whole = (floats + kPage - 1) / kPage * kPage;
+  if (whole > size) {
     memory.reset();
     size = 0;
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
-    memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    memory.reset(static_cast<float*>(std::aligned_alloc(4096, whole * sizeof(float))));
     if (!memory) throw std::bad_alloc();
-    size = static_cast<int64_t>(bytes / sizeof(float));
+    size = whole;
   }
+  scratch_book.enter(whole * static_cast<int64_t>(sizeof(float)), &entry);
   // Pieces of earlier calls are forgotten; what this one did not ask for is forbidden.
   VD_ALLOW(memory.get(), floats);
   VD_FORBID(memory.get() + floats, size - floats);

@@ -180,4 +180,10 @@ STABLE_TORCH_LIBRARY_IMPL(vd, CPU, m) {
   m.impl("_language_gate_backward_cpp", TORCH_BOX(&language_gate::backward));
 }
 
+// Of all operators. It takes no tensor whose device could tell which kernel to run.
+int64_t scratch_bytes() { return scratch_book.tell(); }
+STABLE_TORCH_LIBRARY_IMPL(vd, CompositeExplicitAutograd, m) {
+  m.impl("_scratch_bytes_cpp", TORCH_BOX(&scratch_bytes));
+}
+
 }  // namespace vd

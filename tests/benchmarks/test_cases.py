@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import registry
+from benchmarks import memory, registry
 from benchmarks.calls import Call, draw
 from benchmarks.cases import DTYPES, MODES, Case, Contestant
 from benchmarks.check import Check, fault_of
@@ -180,10 +180,42 @@ def test_memory_counts_what_a_call_takes() -> None:
     assert found["eager without one-hots"].peak < found["published form"].peak
 
 
-def test_sums_of_the_gate_s_backward_need_no_memory_of_torch_s() -> None:
+def test_sums_of_the_gate_s_backward_need_no_memory_of_torch_s(monkeypatch) -> None:
     """One thread has all chunks of a head: it adds them up where it works."""
+    monkeypatch.setattr(memory, "_scratch", lambda: 0)
     case = at("language_gate", "scalar", "both", "bfloat16", B=1, L=200, M=16, H=4, D=32)
     given = draw(case, 0, Check(case).results)
     (own,) = (entry for entry in case.task.contestants(case) if entry.name == "cpp")
     # The bias's sums of 4 heads and 5 chunks, and what autograd itself takes.
     assert weigh(Call.of(case, own), given).extra <= 4 * 4 * 5 + 128
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        at("language_gate", "scalar", "both", "float32", B=2, L=200, M=16, H=4, D=32),
+        at("spacetime_attention", "space", "forward", "float32", B=2, T=4, S=49, H=4, D=32),
+        at("topk_sample", "perturbed", "both", "float32", B=8, n=100, K=4, N=64),
+    ],
+    ids=lambda case: case.task.operator,
+)
+def test_memory_counts_what_threads_keep(case: Case, monkeypatch) -> None:
+    given = draw(case, 0, Check(case).results)
+    calls = {c.name: Call.of(case, c) for c in case.task.contestants(case) if not c.compiled}
+    page = 4096
+
+    def scratch(name: str, threads: int = 1) -> int:
+        torch.set_num_threads(threads)
+        found = weigh(calls[name], given)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "_scratch", lambda: 0)
+            without = weigh(calls[name], given)
+        assert found.results == without.results
+        assert found.extra - without.extra == found.peak - without.peak
+        return found.peak - without.peak
+
+    alone = scratch("cpp")
+    assert alone >= page and alone % page == 0
+    assert scratch("cpp") == alone  # though the thread has it by now
+    assert scratch("cpp", threads=2) == 2 * alone
+    assert scratch("eager" if "eager" in calls else "eager without one-hots") == 0
