@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import __main__ as command_line
 from benchmarks import report, runner
-from benchmarks.__main__ import _parser, main, selected
+from benchmarks.__main__ import _ENVIRONMENT, _parser, main, selected
 from benchmarks.cases import Case
 from benchmarks.goals import Goal, goals
 from benchmarks.head import cases
@@ -119,6 +120,28 @@ def test_a_floor_is_the_larger_of_bytes_and_operations(results: Results) -> None
     assert results.floor(case) == pytest.approx(4e-3)  # 4e6 operations at 1e9 a second
     results.matmul_rates["float32"] = 1e12
     assert results.floor(case) == case.copy.median
+
+
+def test_a_floor_forms_products_in_float32_where_that_is_faster(results: Results) -> None:
+    half = replace(next(iter(results.cases.values())), dtype="float16")
+    results.matmul_rates = {"float32": 1e9, "float16": 1e6}  # 4e6 operations; a copy takes 1 ms
+    assert results.floor(half) == pytest.approx(4e-3)
+    results.matmul_rates["float16"] = 2e9
+    assert results.floor(half) == pytest.approx(2e-3)
+
+
+def test_a_run_in_half_precision_knows_the_rate_of_float32(tmp_path: Path, monkeypatch) -> None:
+    for name in _ENVIRONMENT:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(command_line, "matmul_rate", lambda dtype, device, clock: dtype.itemsize)
+    monkeypatch.setattr(
+        command_line, "measure", lambda case, clock, budget, say: made_up(case.id, 4.0)
+    )
+    words = ["run", "-p", "float16", "-k", "^language_gate/scalar/forward"]
+    words += ["-t", str(torch.get_num_threads()), "-o", str(tmp_path / "result.json")]
+    monkeypatch.setattr("sys.argv", ["benchmarks", *words])
+    main()
+    assert Results.load(tmp_path / "result.json").matmul_rates == {"float16": 2, "float32": 4}
 
 
 @pytest.mark.parametrize(
