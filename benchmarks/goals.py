@@ -30,9 +30,9 @@ class Goal:
 
         speed: time of the best other over ours. copy rate: time of a copy of the floor's bytes
         over ours. extra memory, peak memory: the other's over ours, the first without results.
-        memory bound: the bytes that are allowed besides results over ours. rest: the other's time
-        outside matrix products over ours. Amdahl: of the speed that free operators would give,
-        over the best other, the share that was reached.
+        memory bound: the bytes that are allowed besides results over ours. rest: time outside
+        matrix products of the other that has least of it over ours. Amdahl: of the speed that free
+        operators would give, over the best other, the share that was reached.
         """
         mine, other = best(result, ours=True), best(result, ours=False, name=self.against)
         if mine is None:
@@ -52,7 +52,8 @@ class Goal:
         if mine.products is None or other.products is None:
             return None
         if self.measure == "rest":
-            return other.rest / max(1e-12, mine.rest)
+            others = timed(result, ours=False, name=self.against)
+            return min(e.rest for e in others if e.rest is not None) / max(1e-12, mine.rest)
         if self.measure == "Amdahl":
             return other.products / mine.spread.median
         raise ValueError(f"no measure of the name {self.measure!r}")
@@ -63,11 +64,16 @@ def best(result: CaseResult, *, ours: bool, name: str = "") -> Entry | None:
 
     The reference counts as ours only where there is nothing else of ours.
     """
-    timed = [e for e in result.entries if e.spread is not None and e.ours == ours]
-    timed = [e for e in timed if e.name.startswith(name)]
+    found = timed(result, ours=ours, name=name)
     if ours:
-        timed = [e for e in timed if e.name != "reference"] or timed
-    return min(timed, key=lambda e: e.spread.median, default=None)
+        found = [e for e in found if e.name != "reference"] or found
+    return min(found, key=lambda e: e.spread.median, default=None)
+
+
+def timed(result: CaseResult, *, ours: bool, name: str = "") -> list[Entry]:
+    """All of ours, or of the others, that were timed and whose names begin so."""
+    entries = (e for e in result.entries if e.spread is not None and e.ours == ours)
+    return [e for e in entries if e.name.startswith(name)]
 
 
 def goals(device: str) -> dict[str, tuple[Goal, ...]]:

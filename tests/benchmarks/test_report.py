@@ -164,6 +164,17 @@ def test_goals_measure_what_they_say(goal: Goal, value: float | None) -> None:
     assert reached == (value if value is None else pytest.approx(value))
 
 
+def test_the_rest_is_compared_with_the_least_of_all_that_is_compiled() -> None:
+    result = made_up("head/reference/forward/float32/B1", 4.0)  # rest 2 ms; torch.compile 10 - 2
+    memory = result.entries[0].memory
+    # Slower than torch.compile, by its products alone.
+    slow = Entry("torch.compile of reference", False, "", spread(11.0), memory, products=8e-3)
+    reached = Goal("rest", 2, "torch.compile").reached(
+        replace(result, entries=[*result.entries, slow])
+    )
+    assert reached == pytest.approx(1.5)
+
+
 def test_goals_of_measuring_are_all_there() -> None:
     cpu, cuda = goals("cpu"), goals("cuda")
     assert len(cpu) == 8 + 1 + 2 + 4 + 1 + 4
