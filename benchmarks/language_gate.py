@@ -71,6 +71,7 @@ class LanguageGate(Task):
             Contestant("eager", eager),
             Contestant("eager bmm", eager_bmm),
             Contestant("torch.compile", eager, compiled=True),
+            Contestant("torch.compile bmm", eager_bmm, compiled=True),
         ]
 
     def floor(self, case: Case) -> Floor:

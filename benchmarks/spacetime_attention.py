@@ -173,6 +173,8 @@ class Attention(Task):
         for backend in SDPA_BACKENDS[case.device]:
             name = f"zero-copy SDPA {backend.name.removesuffix('_ATTENTION').lower()}"
             entries.append(Contestant(name, sdpa, context=functools.partial(sdpa_kernel, backend)))
+        if self.gated or self.prefixes:  # what stands around SDPA can be fused
+            entries.append(Contestant("zero-copy SDPA + torch.compile", sdpa, compiled=True))
         if case.device == "cuda":
             flex, skipped = flex_attention, ""
         else:

@@ -88,6 +88,17 @@ def test_what_is_compiled_gives_the_same() -> None:
         assert not fault_of(case, contestant, backend="eager"), f"{case.id}: {contestant.name}"
 
 
+def test_what_can_be_fused_is_compiled_too() -> None:
+    """All of PyTorch's own forms but a bare call of one operator, or what is known to be slow."""
+    bare = ("FlexAttention", "permute + SDPA", "published form", "torch.gather")
+    for case in OPERATORS:
+        others = [c for c in case.task.contestants(case) if not c.ours]
+        compiled = {c.function for c in others if c.compiled}
+        alone = bare if "-" in case.task.variant else (*bare, "zero-copy SDPA")
+        left = [c.name for c in others if c.function not in compiled]
+        assert all(name.startswith(alone) for name in left), case.id
+
+
 def test_a_wrong_contestant_is_found_out() -> None:
     case = SHRUNK["topk_sample/perturbed/both/float32/B3-n40-K3-N12"]
     published = next(c for c in case.task.contestants(case) if c.name == "published form")
