@@ -113,8 +113,11 @@ def test_a_wrong_gradient_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         check()
 
 
-@pytest.mark.parametrize("level", ["scalar", "avx2", "avx512", "avx512_bf16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SHORT = [(torch.float32, level) for level in ("scalar", "avx2", "avx512")]
+SHORT += [(torch.bfloat16, level) for level in ("scalar", "avx2", "avx512", "avx512_bf16", "amx")]
+
+
+@pytest.mark.parametrize(("dtype", "level"), SHORT, ids=str)
 @pytest.mark.parametrize("axis", ["time", "space"])
 def test_short_sequences(
     axis: str, dtype: torch.dtype, level: str, monkeypatch: pytest.MonkeyPatch
