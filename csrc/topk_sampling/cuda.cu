@@ -1,6 +1,7 @@
 // topk_sample on NVIDIA GPUs: unpacks tensors and launches kernels.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include <type_traits>
 
@@ -21,7 +22,8 @@ cudaStream_t stream_of(const Tensor& x) {
 
 class Call {
  public:
-  Call(const Tensor& scores, int64_t k) : stream(stream_of(scores)) {
+  Call(const Tensor& scores, int64_t k)
+      : device(scores.get_device_index()), stream(stream_of(scores)) {
     STD_TORCH_CHECK(scores.size(1) <= kLargestRow, "too many frames for the CUDA kernels");
     c.rows = scores.size(0);
     c.frames = static_cast<int32_t>(scores.size(1));
@@ -96,6 +98,7 @@ class Call {
     by_frames([&](auto own) { run(sample_kernel<decltype(own)::value, kWhat>, warps); });
   }
 
+  torch::stable::accelerator::DeviceGuard device;  // a stream takes launches of its own device alone
   cudaStream_t stream;
   Choice c{};
 };

@@ -23,7 +23,9 @@ KERNELS = ("choice", "sample", "share", "gradient", "gumbel_backward")
 ARCHITECTURES = ("80", "90a")
 
 
-def test_kernels_compile_without_a_spill(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+    """The object, and what nvcc tells of it."""
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if nvcc is None:
         pytest.skip("no nvcc; set NVCC to one")
@@ -33,10 +35,19 @@ def test_kernels_compile_without_a_spill(tmp_path: Path) -> None:
     command = [nvcc, "-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-Xptxas=-v"]
     command += [f"-DTORCH_TARGET_VERSION={abi}", f"-I{ROOT / 'csrc'}", f"-isystem={include}"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    command += ["-c", str(ROOT / "csrc/topk_sampling/cuda.cu"), "-o", str(tmp_path / "cuda.o")]
+    built = tmp_path_factory.mktemp("cuda") / "cuda.o"
+    command += ["-c", str(ROOT / "csrc/topk_sampling/cuda.cu"), "-o", str(built)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
-    told = done.stdout + done.stderr
+    return built.read_bytes(), done.stdout + done.stderr
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(compiled: tuple[bytes, str]) -> None:
+    assert b"aoti_torch_create_device_guard" in compiled[0]
+
+
+def test_kernels_compile_without_a_spill(compiled: tuple[bytes, str]) -> None:
+    _, told = compiled
     entries = re.findall(r"entry function '(\w+)' for '(\w+)'", told)
     for arch in ARCHITECTURES:
         names = [name for name, found in entries if found == f"sm_{arch}"]

@@ -155,6 +155,18 @@ def test_joint_attention_is_torchs_where_it_takes_it(gated: bool) -> None:
     torch.testing.assert_close(found[1], found[2], atol=1e-2, rtol=1e-2)
 
 
+@calls
+def test_tensors_need_not_be_on_the_current_device(call: Callable) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU alone")
+    run = call(BF16)
+    expected = run(seed_of(3))
+    other = torch.device("cuda", 1)
+    run.inputs = [x.detach().to(other).requires_grad_() for x in run.inputs]
+    run.grad = run.grad.to(other)
+    assert_equal([x.to("cuda:0") for x in run(seed_of(3).to(other))], expected)
+
+
 # ---------------------------------------------------------------------------------------------
 # Graphs and compilation
 
