@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -93,10 +94,12 @@ class GraphRunner:
             "times": times,
             "score_bias": score_bias,
         }
-        bucket = self._bucket(rounded, {n: x for n, x in given.items() if x is not None})
-        bucket.fill(given)
-        bucket.run()
-        return bucket.results(videos, questions, frames)
+        # Graphs are captured and replayed on torch's current device, whatever is in them.
+        with torch.cuda.device(tokens.device) if tokens.is_cuda else contextlib.nullcontext():
+            bucket = self._bucket(rounded, {n: x for n, x in given.items() if x is not None})
+            bucket.fill(given)
+            bucket.run()
+            return bucket.results(videos, questions, frames)
 
     def _bucket(self, sizes: _Sizes, given: dict[str, Tensor]) -> _Bucket:
         kind = given["tokens"].device.type

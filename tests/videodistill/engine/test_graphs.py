@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from vd_kernels import TopKSample
 from videodistill.engine.graphs import GraphRunner
 from videodistill.model import VideoDistill, VideoDistillConfig, VideoDistillOutput
 from videodistill.precision import keep_for_products, product_autocast
@@ -162,3 +166,39 @@ def test_nothing_waits_for_the_device() -> None:
         runner(**given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graphs_are_captured_and_replayed_on_the_models_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While another is current. Fakes stand for the GPUs: tensors say that they are on one."""
+    current, seen = ["another"], []
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(wanted.type)
+        yield
+        current.pop()
+
+    def note(what: str) -> Callable[..., MagicMock]:
+        def call(*_: Any, **__: Any) -> MagicMock:
+            seen.append((what, current[-1]))
+            return MagicMock()
+
+        return call
+
+    class Graph:
+        pool = replay = note("replay")
+
+    captured = ("Stream", "current_stream", "stream", "graph")
+    for name in captured:
+        monkeypatch.setattr(torch.cuda, name, note(name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x, given = torch.zeros(2, 8), inputs("cpu", 1, 2, 8, 4)
+    model = MagicMock(training=False, config=CONFIG)
+    model.return_value = VideoDistillOutput(x, x, TopKSample(x, x, x), x)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    GraphRunner(model)(**given)
+    assert {what for what, _ in seen} == {*captured, "replay"}
+    assert {where for _, where in seen} == {"cpu"}
