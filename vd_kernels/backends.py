@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from vd_kernels._version import __version__
 BACKENDS = ("reference", "cpp", "cuda", "triton", "sdpa")
 LARGEST_HEAD = 256
 """Elements of one head that Triton kernels take at most: a head lies on chip as a whole."""
-MOST_HEADS = 2**31 - 1
-"""Heads of all tokens together that Triton kernels take at most: grids are no longer."""
+MOST = 2**31 - 2**12
+"""Programs of a launch at most, as grids are no longer; and rows or elements that kernels for GPUs
+number in 32 bits, as the last block of up to 4,096 of them may reach beyond their end."""
 LARGEST_ROW = 4096
 """Frames to choose from that Triton kernels take at most: a row of them lies on chip."""
 LARGEST_CUDA_ROW = 1024
@@ -163,7 +165,7 @@ def choose(
     tensor: Tensor,
     heads: Sequence[Tensor | None] = (),
     frames: int = 0,
-    lacks: Mapping[str, str] | None = None,
+    lacks: Mapping[str, Callable[[], str]] = MappingProxyType({}),
 ) -> Callable:
     """The implementation of an operation that is to run now.
 
@@ -173,20 +175,20 @@ def choose(
         tensor: Its device and dtype decide which can run.
         heads: Tensors whose last dimension is one head's; its size decides, too.
         frames: How many there are to choose from; that decides likewise.
-        lacks: By backend, why it cannot take this call, as far as the operation itself knows.
+        lacks: By backend, what tells why it cannot take this call, as far as the operation itself
+            knows; "" where it can.
 
     Raises:
         BackendError: The user chose a backend that the operation does not have here, or VD_BACKEND
             names none.
     """
-    lacks = lacks or {}
     name = forced()
     if not name:
         return fastest(implementations, tensor, heads, frames, lacks)
     _check_name("VD_BACKEND", name)
     found = implementations.get(name)
     if found:
-        reason = _refuses(name, tensor, heads, frames, forced=True) or lacks.get(name)
+        reason = _refuses(name, tensor, heads, frames, forced=True) or lacks.get(name, str)()
         if not reason:
             return found
     else:
@@ -203,15 +205,23 @@ def fastest(
     tensor: Tensor,
     heads: Sequence[Tensor | None],
     frames: int,
-    lacks: Mapping[str, str],
+    lacks: Mapping[str, Callable[[], str]],
 ) -> Callable:
     """As `choose`, where the user has asked for none."""
     able = (
         found
         for name, found in implementations.items()
-        if not (lacks.get(name) or _refuses(name, tensor, heads, frames))
+        if not (_refuses(name, tensor, heads, frames) or lacks.get(name, str)())
     )
     return next(able)
+
+
+def too_many(counts: Mapping[str, int]) -> str:
+    """Why kernels for GPUs cannot take a call with so many of something; empty when they can."""
+    for what, count in counts.items():
+        if count > MOST:
+            return f"it takes up to 2^31 - 2^12 {what}, got {count}"
+    return ""
 
 
 def _refuses(
@@ -249,8 +259,6 @@ def _triton_refuses(
     for x in heads:
         if x is not None and x.shape[-1] > LARGEST_HEAD:
             return f"it takes heads of up to {LARGEST_HEAD} elements, got {x.shape[-1]}"
-        if x is not None and x.numel() > MOST_HEADS * x.shape[-1]:
-            return f"it takes up to 2^31 - 1 heads of tokens, got {x.numel() // x.shape[-1]}"
     if frames > LARGEST_ROW:
         return f"it takes up to {LARGEST_ROW} frames to choose from, got {frames}"
     return _too_old(tensor.device.index) if tensor.is_cuda else ""

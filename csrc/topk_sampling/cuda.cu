@@ -76,13 +76,14 @@ class Call {
   }
 
   void run_blocks(void (*kernel)(Choice), int64_t blocks, int threads) const {
-    if (blocks == 0) return;
-    STD_TORCH_CHECK(blocks <= INT32_MAX, "too many rows for the CUDA kernels");
-    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(c);
-    check();
+    launch(kernel, blocks, threads, c);
   }
 
-  static void check() {
+  template <typename... Given>
+  void launch(void (*kernel)(Given...), int64_t blocks, int threads, Given... given) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= INT32_MAX, "too many rows for the CUDA kernels");
+    kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(given...);
     const cudaError_t error = cudaGetLastError();
     STD_TORCH_CHECK(error == cudaSuccess, cudaGetErrorString(error));
   }
@@ -148,12 +149,9 @@ void perturbed(Tensor scores, int64_t k, double sigma, int64_t samples, int64_t 
   call.choose();
   call.c.weights = floats(weights);
   call.draw<What::kCounts>();
-  const int64_t count = weights.numel(), threads = 256;
-  if (count == 0) return;
-  const unsigned blocks = static_cast<unsigned>((count + threads - 1) / threads);
-  share_kernel<<<blocks, threads, 0, call.stream>>>(call.c.weights, count,
-                                                    static_cast<float>(samples));
-  Call::check();
+  const int64_t count = weights.numel();
+  call.launch(share_kernel, (count + 255) / 256, 256, call.c.weights, count,
+              static_cast<float>(samples));
 }
 
 // `parts`, zeros before, are gains [R,n]; of the diagonal gradient sums [R,groups,N], and all that is

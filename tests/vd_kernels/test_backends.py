@@ -6,14 +6,20 @@ import importlib.util
 import subprocess
 import sys
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vd_kernels import backends, language_gate, use_backend
 from vd_kernels.__main__ import render
 from vd_kernels._version import __version__
+from vd_kernels.language_gate import op as gate
+from vd_kernels.spacetime_attention import op as attention
+from vd_kernels.topk_sampling import op as topk
 
 
 @pytest.fixture
@@ -152,3 +158,78 @@ def test_command_prints_an_aligned_table() -> None:
     told = [line for line in lines if "implementation in this version" in line]
     assert [line.index("no operator has") for line in told] == [column] * len(told)
     assert any(line.split()[:2] == ["torch", torch.__version__] for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is too large for GPUs. Fakes of tensors there have sizes and no memory.
+
+WIDE = 2**31 - 2**12
+
+
+def gate_of(batch: int, length: int, tokens: int, width: int) -> Callable:
+    visual, question = (torch.empty(batch, n, 1, width) for n in (length, tokens))
+    return gate.choose(gate.FORWARD, visual, question, None, None)
+
+
+def attention_of(axis: str, frames: int, patches: int, prefixes: int = 0) -> Callable:
+    x = torch.empty(1, frames, patches, 1, 8)
+    prefix = torch.empty(1, 1, prefixes, 1, 8) if prefixes else None
+    return attention.choose(attention.BACKWARD, x, axis, (1, 1, 1), None, prefix)
+
+
+def gather_of(rows: int, slots: int, frames: int, *frame: int) -> Callable:
+    values, weights = torch.empty(rows, frames, *frame), torch.empty(rows, slots, frames)
+    return topk.choose("gather", values, weights, torch.empty(rows, slots, dtype=torch.int64))
+
+
+def sample_of(rows: int, frames: int, k: int, samples: int) -> Callable:
+    return topk.choose("perturbed", torch.empty(rows, frames), k, 0.1, samples)
+
+
+LARGE = [
+    # what is chosen for it, what is not taken any more, and why
+    (partial(gate_of, 1, WIDE, 5, 8), partial(gate_of, 1, WIDE + 1, 5, 8), "visual tokens"),
+    (partial(gate_of, WIDE, 1, 5, 8), partial(gate_of, WIDE + 1, 1, 5, 8), "programs"),
+    (partial(gate_of, 1, 9, 2**27 - 256, 16), partial(gate_of, 1, 9, 2**27, 16), "question"),
+    *(
+        (partial(attention_of, *taken), partial(attention_of, *refused), why)
+        for taken, refused, why in (
+            (("time", WIDE, 1), ("time", WIDE + 1, 1), "tokens of a sequence"),
+            (("time", 1, WIDE), ("time", 1, WIDE + 1), "programs"),
+            (("joint", WIDE, 1), ("joint", WIDE + 1, 1), "tokens of a sequence"),
+            (("space", WIDE, 1, 15), ("space", WIDE, 1, 16), "programs"),
+        )
+    ),
+    (
+        partial(gather_of, 1, 1, 2, WIDE),
+        partial(gather_of, 1, 1, 2, WIDE + 1),
+        "numbers of a frame",
+    ),
+    (partial(gather_of, WIDE, 1, 1, 3), partial(gather_of, WIDE + 1, 1, 1, 3), "programs"),
+    (partial(gather_of, 2**20, 2, 9, 2**17), partial(gather_of, 2**20, 16, 9, 2**17), "programs"),
+    (partial(sample_of, WIDE // 16, 9, 2, 1000), partial(sample_of, 2**27, 9, 2, 1000), "programs"),
+    (
+        partial(sample_of, 2**27 - 256, 1000, 2, 9),
+        partial(sample_of, 2**27, 1000, 2, 9),
+        "programs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("taken", "refused", "why"), LARGE)
+def test_what_is_too_large_for_a_gpu_is_left_to_others(
+    monkeypatch: pytest.MonkeyPatch, taken: Callable, refused: Callable, why: str
+) -> None:
+    if backends.load_triton():
+        pytest.skip(backends.load_triton())
+    monkeypatch.setattr(backends, "_too_old", lambda index: "")
+    tables = gate.FORWARD, attention.BACKWARD, *topk.IMPLEMENTATIONS.values()
+    with FakeTensorMode(), torch.device("cuda"):
+        found, other = taken(), refused()
+        assert any(found is table["triton"] for table in tables)
+        assert any(other is table["reference"] for table in tables)
+        for backend in ("triton", "cuda") if refused.func is sample_of else ("triton",):
+            monkeypatch.setattr(backends, "load_cuda_kernels", lambda: "")
+            limit = pytest.raises(backends.BackendError, match=rf"up to 2\^31 - 2\^12 .*{why}, got")
+            with use_backend(backend), limit:
+                refused()

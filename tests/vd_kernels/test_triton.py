@@ -100,14 +100,14 @@ def too_large_a_head_is_refused():
         raise AssertionError("not refused")
 
 def it_runs_when_asked_for():
-    assert op.choose(op.FORWARD, x, x, None) is op.FORWARD["triton"]
+    assert op.choose(op.FORWARD, x, x, x, None) is op.FORWARD["triton"]
     with use_backend("reference"):
-        assert op.choose(op.FORWARD, x, x, None) is op.FORWARD["reference"]
+        assert op.choose(op.FORWARD, x, x, x, None) is op.FORWARD["reference"]
     (triton,) = (backend for backend in explain().backends if backend.name == "triton")
     assert triton.available and "interpreted" in triton.runs_on
 
 def it_does_not_run_unasked():
-    assert op.choose(op.FORWARD, x, x, None) is not op.FORWARD["triton"]
+    assert op.choose(op.FORWARD, x, x, x, None) is not op.FORWARD["triton"]
 
 x = normal(1, 2, 1, 4)
 with use_backend("triton"):

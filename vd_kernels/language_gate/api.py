@@ -110,7 +110,7 @@ def _plan(
 ) -> Callable:
     """What runs, of checked arguments."""
     _check(query, key, value, gate_value, *others)
-    return op.choose(op.FORWARD, query, value, gate_value)
+    return op.choose(op.FORWARD, query, key, value, gate_value)
 
 
 def _check(

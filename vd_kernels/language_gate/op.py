@@ -104,16 +104,34 @@ BACKWARD: dict[str, Callable] = {
 
 
 def choose(
-    table: dict[str, Callable], query: Tensor, value: Tensor | None, gate_value: Tensor | None
+    table: dict[str, Callable],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    gate_value: Tensor | None,
 ) -> Callable:
     """The function of FORWARD or BACKWARD that is to run now."""
-    return backends.choose("language_gate", table, query, (query, value, gate_value))
+    heads = query, value, gate_value
+    lacks = {"triton": lambda: backends.too_many(_counts(query, key, gate_value))}
+    return backends.choose("language_gate", table, query, heads, lacks=lacks)
+
+
+def _counts(query: Tensor, key: Tensor, gate_value: Tensor | None) -> dict[str, int]:
+    """Of what Triton kernels have a limit: programs have 16 visual tokens at least."""
+    batch, length, heads, width = query.shape
+    channels = 0 if gate_value is None else gate_value.shape[3]
+    question = key.shape[1] * max(width, channels)
+    return {
+        "programs": batch * heads * max(-(-length // 16), -(-question // 256)),
+        "visual tokens": length,
+        "numbers of a head's question": question,
+    }
 
 
 def _forward(
     query: Tensor, key: Tensor, value: Tensor | None, gate_value: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    run = choose(FORWARD, query, value, gate_value)
+    run = choose(FORWARD, query, key, value, gate_value)
     found = run(query, key, value, gate_value, *arguments)
     return tuple(query.new_empty(0) if x is None else x for x in found)
 
@@ -149,7 +167,7 @@ def _backward(
     reduction: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    run = choose(BACKWARD, query, value, gate_value)
+    run = choose(BACKWARD, query, key, value, gate_value)
     grads = run(
         grad_out, grad_gate, query, key, value, gate_value, key_mask, bias, scale, reduction, needs
     )

@@ -149,7 +149,8 @@ def _backward_without_sdpa(
 
 
 def _without_sdpa(table: dict[str, Callable], query: Tensor) -> Callable:
-    return backends.fastest(table, query, (query,), 0, {"sdpa": "left out"})
+    lacks = {"sdpa": lambda: "left out", "triton": lambda: _too_many(query, "joint")}
+    return backends.fastest(table, query, (query,), 0, lacks)
 
 
 def _cpp_settings(
@@ -202,12 +203,24 @@ def choose(
     prefix_key: Tensor | None,
 ) -> Callable:
     """The function of FORWARD or BACKWARD that is to run now."""
-    lacks = "" if axis == "joint" else f'it takes axis="joint" alone, got {axis!r}'
-    more = {"window": window, "key_mask": key_mask, "prefix_key": prefix_key}
-    for name, given in more.items():
-        if given is not None:
-            lacks = lacks or f"it takes no {name}"
-    return backends.choose("spacetime_attention", table, query, (query,), lacks={"sdpa": lacks})
+
+    def sdpa() -> str:
+        if axis != "joint":
+            return f'it takes axis="joint" alone, got {axis!r}'
+        more = {"window": window, "key_mask": key_mask, "prefix_key": prefix_key}
+        return next((f"it takes no {name}" for name, x in more.items() if x is not None), "")
+
+    lacks = {"sdpa": sdpa, "triton": lambda: _too_many(query, axis, prefix_key)}
+    return backends.choose("spacetime_attention", table, query, (query,), lacks=lacks)
+
+
+def _too_many(query: Tensor, axis: str, prefix_key: Tensor | None = None) -> str:
+    """Why Triton kernels, whose programs have 16 rows at least, cannot take a call; or ""."""
+    batch, frames, patches, heads, _ = query.shape
+    groups = {"time": patches, "space": frames, "joint": 1}[axis]
+    length = frames * patches // max(1, groups) + (0 if prefix_key is None else prefix_key.shape[2])
+    programs = batch * groups * heads * -(-length // 16)
+    return backends.too_many({"programs": programs, "tokens of a sequence": length})
 
 
 def _forward(

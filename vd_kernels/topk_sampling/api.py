@@ -204,7 +204,7 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
 def _plan_gather(values: Tensor, weights: Tensor, indices: Tensor) -> Callable:
     """What runs, of checked arguments."""
     _check_gather(values, weights, indices)
-    return op.choose("gather", values, weights)
+    return op.choose("gather", values, weights, indices)
 
 
 def _check_gather(values: Tensor, weights: Tensor, indices: Tensor) -> None:
@@ -247,7 +247,9 @@ def _plan_sample(
 ) -> tuple[Callable, bool]:
     """What runs, of checked arguments, and whether it takes the scores as they are."""
     _check_sample(scores, mask, noise, k, method, *settings)
-    run = op.choose(method, scores)
+    *_, sigma, num_samples, _ = settings
+    samples = num_samples if noise is None else noise.shape[-2]
+    run = op.choose(method, scores, k, sigma, samples)
     checked = run in op.REFUSES_UNORDERED and may_read_values(scores)
     return run, checked and mask is None and scores.dtype == torch.float32
 

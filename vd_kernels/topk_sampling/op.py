@@ -6,6 +6,7 @@ each method, as their arguments and the shapes of their weights differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -381,17 +382,43 @@ for _schema in (
     _library.define_private(f"_topk_{_schema}")
 
 
-def choose(name: str, *tensors: Tensor) -> Callable:
+def choose(name: str, *arguments: Any) -> Callable:
     """The implementation of topk_<name> that is to run now; one float64 makes sums float64."""
+    tensors = [x for x in arguments[:3] if isinstance(x, Tensor)]
     tensor = next((x for x in tensors if x.dtype == torch.float64), tensors[0])
     frames = 0 if name.startswith("gather") else tensor.shape[-1]
-    return backends.choose(f"topk_{name}", IMPLEMENTATIONS[name], tensor, frames=frames)
+    lacks = dict.fromkeys(("cuda", "triton"), lambda: backends.too_many(_counts(name, arguments)))
+    return backends.choose(
+        f"topk_{name}", IMPLEMENTATIONS[name], tensor, frames=frames, lacks=lacks
+    )
+
+
+def _counts(name: str, arguments: tuple[Any, ...]) -> dict[str, int]:
+    """Of what kernels for GPUs have a limit, when topk_<name> is given these arguments.
+
+    There may be several leading dimensions instead of R, and of a frame.
+    """
+    given = arguments[name.endswith("backward") :]  # without the gradient
+    if name.startswith("gather"):
+        values, weights, indices, *_ = given
+        *lead, slots = indices.shape
+        frames, width = weights.shape[-1], math.prod(values.shape[len(lead) + 1 :])
+        parts = -(-width * values.element_size() // 4096)
+        tiles = -(-slots // 16) * -(-frames // 64)  # at most, of the gradient of weights
+        programs = math.prod(lead) * max(slots, slots * parts, frames * parts, tiles)
+        return {"programs": programs, "numbers of a frame": width}
+    *lead, frames = given[0].shape
+    each = -(-frames // 64)
+    if name == "perturbed":  # counts become weights in programs of their own
+        each = max(each, -(-given[1] * frames // 256))
+    if name.startswith("perturbed"):
+        each = max(each, -(-given[3] // 64))
+    return {"programs": math.prod(lead) * each}
 
 
 def _define(name: str, schema: str, fake: Callable) -> None:
     def kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        tensors = (x for x in arguments[:3] if isinstance(x, Tensor))
-        results = choose(name, *tensors)(*arguments)
+        results = choose(name, *arguments)(*arguments)
         if isinstance(results, Tensor):
             return results
         return tuple(arguments[0].new_empty(0) if x is None else x for x in results)

@@ -1126,7 +1126,7 @@ def gather_backward(
         tiles = rows * triton.cdiv(slots, tile["BLOCK_K"]) * triton.cdiv(frames, tile["BLOCK_N"])
         blocks = triton.cdiv(width, tile["BLOCK_E"])
         wanted, fewest = _PARTS
-        each = max(min(blocks, fewest), triton.cdiv(blocks * tiles, wanted), 1)
+        each = max(1, min(blocks, max(fewest, triton.cdiv(blocks * tiles, wanted))))
         parts = max(1, triton.cdiv(blocks, each))
         sums = weights.new_empty(rows, parts, slots, frames)
         _triton.launch(
