@@ -205,6 +205,8 @@ class Expected(NamedTuple):
     programs: int
     warps: int
     registers: int
+    spills: int
+    """Bytes of each thread's stack."""
     shared: int
     products: int
     """Instructions in the text that multiply matrices."""
@@ -456,7 +458,7 @@ def expect(case: Case) -> Iterator[Expected]:
     for launch in launches:
         compiled = compiling.compiled(launch, ARCH)
         told = compiling.disassembled(compiled, "-res-usage", "-sass")
-        registers, _ = compiling.registers_and_spills(told)
+        registers, spills = compiling.registers_and_spills(told)
         text = Text(told)
         parts = [
             (share, times, count)
@@ -468,6 +470,7 @@ def expect(case: Case) -> Iterator[Expected]:
             launch.programs,
             launch.settings["num_warps"],
             registers,
+            spills,
             compiled.metadata.shared,
             compiling.products(compiled),
             moved(launch),
