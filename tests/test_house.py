@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +220,61 @@ def test_without_a_gpu_make_gpu_says_so_and_leaves_nothing(tmp_path: Path) -> No
         assert done.returncode == 1
         assert told in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def gpu_run() -> types.ModuleType:
+    """`.ci/gpu`, which has no ending."""
+    loader = importlib.machinery.SourceFileLoader("gpu_run", str(ROOT / ".ci" / "gpu"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("gpu_run", loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_what_make_gpu_does_is_told_of_and_fits_nine_minutes(gpu_run: types.ModuleType) -> None:
+    parts = list(gpu_run.LIMITS)
+    assert sum(gpu_run.LIMITS.values()) <= 520
+    assert f"all when empty: {' '.join(parts)}." in " ".join(MAKEFILE.replace("\n#", "").split())
+    assert f"PART={'|'.join(parts)}`" in (ROOT / "docs" / "measuring.md").read_text("utf-8")
+
+
+CUT_OFF = """
+import os, pathlib, signal, time
+
+def test_a(): pass
+
+def test_ab():
+    begun, passed = pathlib.Path(__file__).with_name("begun"), pathlib.Path(os.environ["VD_PASSED"])
+    if not begun.exists():
+        begun.touch()
+        while not passed.exists():  # test_a is told of
+            time.sleep(0.01)
+        os.kill(os.getppid(), signal.SIGKILL)
+"""
+
+
+def test_tests_that_were_cut_off_go_on_where_they_were(
+    gpu_run: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text(CUT_OFF)
+    (command,) = gpu_run.commands("tests", tmp_path)
+    usual = command[: command.index("-m", 3)]  # without what it chooses and where it looks
+    monkeypatch.setattr(gpu_run, "commands", lambda *_: [[*usual, "-n", "1", str(tests)]])
+    found = []
+    for _ in range(3):
+        passes = gpu_run.run("tests", tmp_path, time.monotonic() + 100)
+        record = json.loads((tmp_path / "tests.json").read_text())
+        listed = (tmp_path / "passed.txt").read_text().splitlines()
+        found.append((passes, record.get("passed"), [x.rpartition("::")[2] for x in listed]))
+    both = ["test_a", "test_ab"]
+    assert found == [(False, None, both[:1]), (True, 1, both), (True, None, both)]
+
+
+def test_a_part_that_hangs_is_cut_off(
+    gpu_run: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(gpu_run, "commands", lambda *_: [hanging])
+    assert not gpu_run.run("bench", tmp_path, time.monotonic() + 0.5)
+    assert json.loads((tmp_path / "bench.json").read_text())["code"] == 124

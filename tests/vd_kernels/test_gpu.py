@@ -216,6 +216,7 @@ def test_compiled_whole() -> None:
 # Sizes
 
 
+@pytest.mark.large
 def test_more_than_2_31_elements_in_the_gate() -> None:
     length, heads, width = LIMIT // 64 + 3, 2, 32
     room_for(3 * length * heads * width)
@@ -227,6 +228,7 @@ def test_more_than_2_31_elements_in_the_gate() -> None:
         assert torch.equal(out[:, part], expected) and torch.equal(factor[:, part], exact)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("axis", ["time", "space"])
 def test_more_than_2_31_elements_in_attention(axis: str) -> None:
     heads, width = 8, 32
@@ -241,6 +243,7 @@ def test_more_than_2_31_elements_in_attention(axis: str) -> None:
         assert torch.equal(found, spacetime_attention(some, some, some, axis=axis))
 
 
+@pytest.mark.large
 def test_more_than_2_31_elements_to_gather_from() -> None:
     rows, frames, width = 3, 8, LIMIT // 16
     room_for(2 * rows * frames * width)

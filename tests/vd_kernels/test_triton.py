@@ -916,7 +916,8 @@ def test_more_sequences_than_a_grid_dimension_holds(axis: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.device_count(), reason="torch sees no CUDA device")
+@pytest.mark.large
+@ON_A_GPU
 @pytest.mark.parametrize("frames", [16, 128])
 def test_more_than_2_to_the_31_elements(frames: int) -> None:
     """Of which one head alone is written: queries, keys and values are expanded."""
