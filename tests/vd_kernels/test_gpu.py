@@ -22,6 +22,7 @@ from vd_kernels import (
     topk_sample,
     use_backend,
 )
+from vd_kernels.backends import LARGEST_CUDA_ROW, load_cuda_kernels
 from vd_kernels.spacetime_attention import op as attention
 from vd_kernels.testing import normal
 
@@ -98,12 +99,38 @@ class Choice:
         return [sample.weights, sample.indices, out, *grads]
 
 
+class CudaChoice:
+    """By the CUDA kernels, which take float32 and have no topk_gather."""
+
+    def __init__(self, dtype: torch.dtype, method: str, frames: int = 200):
+        self.settings = {"method": method, "sigma": 0.3, "num_samples": 50}
+        self.inputs = [draw(5, frames).requires_grad_()]
+        self.grad = draw(5, 8, frames, seed=1)
+
+    def __call__(self, seed: Tensor) -> list[Tensor]:
+        with use_backend("cuda"):
+            sample = topk_sample(*self.inputs, 8, seed=seed, **self.settings)
+            grads = torch.autograd.grad(sample.weights, self.inputs, self.grad)
+        return [sample.weights, sample.indices, *grads]
+
+
 CALLS: dict[str, Callable[[torch.dtype], Callable[[Tensor], list[Tensor]]]] = {
     "gate": Gate,
     **{axis: partial(Attention, axis=axis) for axis in ("time", "space", "joint")},
     **{method: partial(Choice, method=method) for method in ("perturbed", "gumbel")},
 }
-calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+CUDA_CALLS = {
+    f"cuda {method}": partial(CudaChoice, method=method) for method in ("perturbed", "gumbel")
+}
+built = pytest.mark.skipif(bool(load_cuda_kernels()), reason=load_cuda_kernels() or "built")
+choosers = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=built)])
+calls = pytest.mark.parametrize(
+    "call",
+    [
+        *(pytest.param(call, id=name) for name, call in CALLS.items()),
+        *(pytest.param(call, id=name, marks=built) for name, call in CUDA_CALLS.items()),
+    ],
+)
 
 
 def seed_of(number: int) -> Tensor:
@@ -128,14 +155,21 @@ def test_two_runs_are_equal(call: Callable, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("size", [(3, 13, 4), (7, 64, 8), (2, 512, 16), (1, 4096, 64)], ids=str)
 @pytest.mark.parametrize("method", ["hard", "perturbed", "gumbel"])
-def test_the_choices_are_those_of_the_cpu(method: str, size: tuple[int, int, int]) -> None:
+@choosers
+def test_the_choices_are_those_of_the_cpu(
+    backend: str, method: str, size: tuple[int, int, int]
+) -> None:
     rows, frames, k = size
+    if backend == "cuda" and frames > LARGEST_CUDA_ROW:
+        pytest.skip("the CUDA kernels take shorter rows")
     scores = normal(rows, frames)
     scores[:, frames // 2 :: 5] = scores[:, :1].clone()  # ties
     for seed in (0, -1, 2**63 - 1):
         settings = {"method": method, "sigma": 0.2, "num_samples": 33, "seed": seed}
-        here = topk_sample(scores.cuda(), k, **settings)
-        there = topk_sample(scores, k, **settings)
+        with use_backend(backend):
+            here = topk_sample(scores.cuda(), k, **settings)
+        with use_backend("cpp"):
+            there = topk_sample(scores, k, **settings)
         assert torch.equal(here.indices.cpu(), there.indices)
         assert torch.equal(here.weights.cpu(), there.weights)
 
@@ -212,6 +246,24 @@ def test_compiled_whole() -> None:
             assert (one.double() - other.double()).abs().max() <= 0.02
 
 
+@choosers
+@pytest.mark.parametrize("method", ["perturbed", "gumbel"])
+def test_choices_compiled(backend: str, method: str) -> None:
+    def choose(scores: Tensor, grad: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+        sample = topk_sample(scores, 4, method=method, sigma=0.4, seed=seed)
+        return sample.weights, sample.indices, (sample.weights * grad).sum()
+
+    compiled = torch.compile(choose, fullgraph=True, dynamic=True)
+    with use_backend(backend):
+        for rows, frames in ((3, 20), (4, 300)):
+            scores, grad = draw(rows, frames).requires_grad_(), draw(rows, 4, frames, seed=1)
+            results = []
+            for function in (choose, compiled):
+                *choice, loss = function(scores, grad, seed_of(5))
+                results.append([*choice, *torch.autograd.grad(loss, scores)])
+            assert_equal(*results)
+
+
 # ---------------------------------------------------------------------------------------------
 # Sizes
 
@@ -229,6 +281,23 @@ def test_more_than_2_31_elements_in_the_gate() -> None:
 
 
 @pytest.mark.large
+def test_more_than_2_31_elements_back_through_the_gate() -> None:
+    length, heads, width = LIMIT // 64 + 3, 2, 32
+    room_for(3 * length * heads * width)
+    query = draw(1, length, heads, width, dtype=BF16)
+    key, grad = (draw(1, n, heads, width, dtype=BF16, seed=n) for n in (5, 1))
+
+    def gradients(query: Tensor) -> tuple[Tensor, ...]:
+        given = query.detach().requires_grad_(), query.detach().requires_grad_()
+        out = language_gate(given[0], key, given[1])
+        return torch.autograd.grad(out, given, grad.expand(query.shape))
+
+    found = gradients(query)
+    for part in (slice(0, 70), slice(length - 70, length)):
+        assert_equal([x[:, part] for x in found], list(gradients(query[:, part])))
+
+
+@pytest.mark.large
 @pytest.mark.parametrize("axis", ["time", "space"])
 def test_more_than_2_31_elements_in_attention(axis: str) -> None:
     heads, width = 8, 32
@@ -241,6 +310,24 @@ def test_more_than_2_31_elements_in_attention(axis: str) -> None:
         some = x[:, :, part] if axis == "time" else x[:, part]
         found = out[:, :, part] if axis == "time" else out[:, part]
         assert torch.equal(found, spacetime_attention(some, some, some, axis=axis))
+
+
+@pytest.mark.large
+def test_more_than_2_31_elements_back_through_time() -> None:
+    heads, width = 8, 32
+    many = LIMIT // (3 * heads * width) + 3
+    room_for(3 * 3 * many * heads * width)
+    x = draw(1, 3, many, heads, width, dtype=BF16)
+    grad = draw(1, 3, 1, heads, width, dtype=BF16, seed=1)
+
+    def gradients(x: Tensor) -> tuple[Tensor, ...]:
+        given = [x.detach().requires_grad_() for _ in range(3)]
+        out = spacetime_attention(*given, axis="time")
+        return torch.autograd.grad(out, given, grad.expand(x.shape))
+
+    found = gradients(x)
+    for part in (slice(0, 7), slice(many - 7, many)):
+        assert_equal([g[:, :, part] for g in found], list(gradients(x[:, :, part])))
 
 
 @pytest.mark.large
@@ -280,24 +367,25 @@ def test_more_than_262144_rows_of_scores() -> None:
 # Memory errors
 
 SMALL = """
-import torch
-from tests.vd_kernels.test_gpu import CALLS, seed_of
+import sys, torch
+from tests.vd_kernels import test_gpu as tests
 
-for call in CALLS.values():
+for call in getattr(tests, sys.argv[1]).values():
     for dtype in (torch.float32, torch.bfloat16):
-        call(dtype)(seed_of(1))
+        call(dtype)(tests.seed_of(1))
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_nothing_is_read_or_written_beyond_its_end(tool: str) -> None:
+@pytest.mark.parametrize("made", [pytest.param("CUDA_CALLS", marks=built), "CALLS"])
+def test_nothing_is_read_or_written_beyond_its_end(made: str, tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on the path")
     done = subprocess.run(
-        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL],
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL, made],
         capture_output=True,
         text=True,
         timeout=390,
