@@ -192,10 +192,14 @@ def _case_parts(result: Results, case: CaseResult) -> Iterator[str]:
             "took over a millisecond)."
         )
     floor = result.floor(case)
+    rate = result.rate(case)
+    products = (
+        f" ({_ms(case.floor_operations / rate)} ms at the rate of a large one)" if rate else ""
+    )
     yield (
         f"Floor {_ms(floor)} ms: {case.floor_bytes / 1e6:,.2f} MB, whose copy took "
         f"{_ms(case.copy.median)} ms ({case.floor_bytes / case.copy.median / 1e9:.1f} GB/s), and "
-        f"{case.floor_operations / 1e9:,.2f}·10^9 operations in matrix products."
+        f"{case.floor_operations / 1e9:,.2f}·10^9 operations in matrix products{products}."
     )
     split = any(entry.products is not None for entry in case.entries)
     heads = ["", "ms", "quartiles", "rounds", "÷ floor", "peak MB", "besides results MB"]

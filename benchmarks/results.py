@@ -124,13 +124,17 @@ class Results:
     """By operator, a tiny call through the "public" function and of a backend's, "direct"."""
 
     def floor(self, case: CaseResult) -> float:
-        """Seconds that nothing can undercut: to move the bytes, or to form the products.
-
-        Those in float32 where they are faster: the dtype's own are emulated there.
-        """
-        rate = max(self.matmul_rates.get(dtype, 0.0) for dtype in (case.dtype, "float32"))
+        """Seconds that nothing can undercut: to move the bytes, or to form the products."""
+        rate = self.rate(case)
         products = case.floor_operations / rate if rate else 0.0
         return max(case.copy.median, products)
+
+    def rate(self, case: CaseResult) -> float:
+        """Operations a second of a large square product in the case's dtype; 0 if not known.
+
+        In float32 where that is faster: the dtype's own products are emulated there.
+        """
+        return max(self.matmul_rates.get(dtype, 0.0) for dtype in (case.dtype, "float32"))
 
     def save(self, path: Path) -> None:
         """Write beside the file, then move into place."""
