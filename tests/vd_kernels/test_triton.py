@@ -193,6 +193,15 @@ def where_no_sample_differs_the_gradient_is_zero():
         (grad,) = torch.autograd.grad(sample.weights, x, 1e6 * normal(2, 3, 20))
         assert torch.equal(grad, torch.zeros(2, 20)), sigma
 
+def a_temperature_may_leave_the_range_of_float32():
+    x = normal(3, 20)
+    for method, temperature in itertools.product(("lapsum", "gumbel"), (1e-46, 1e-44, 1e39)):
+        options = {"method": method, "temperature": temperature, "seed": 1}
+        ours, theirs = (choices(backend, x, 3, **options) for backend in ("triton", "reference"))
+        assert torch.allclose(ours[1], theirs[1], atol=1e-6), options
+        assert theirs[2][0].isnan().sum() == 0
+        assert torch.allclose(ours[2][0], theirs[2][0]), options
+
 def memory_may_be_laid_out_anyhow():
     x, z = normal(3, 26)[:, :13], normal(7, 3, 26)[..., :13].transpose(0, 1)
     results = []
@@ -271,6 +280,7 @@ with use_backend("triton"):
         few_frames_can_be_chosen,
         diagonal_gradients_are_the_same,
         where_no_sample_differs_the_gradient_is_zero,
+        a_temperature_may_leave_the_range_of_float32,
         memory_may_be_laid_out_anyhow,
         a_seed_is_read_when_the_kernel_runs,
         slots_may_be_more_than_a_tile,

@@ -147,8 +147,8 @@ def topk_sample(
         drawn = (_seed(0 if noise is not None else seed, scores.device), row_offset, noise)
         if method == "perturbed":
             choice = run(rows, k, float(sigma), num_samples, *drawn, order, gradient)
-        else:
-            choice = run(rows, k, float(temperature), *drawn, order)
+        else:  # in float32, by which keys are divided: neither it nor they may become 0 or infinite
+            choice = run(rows, k, min(max(float(temperature), 2.0**-100), 2.0**127), *drawn, order)
     if has_lead:
         choice = (x.view(*scores.shape[:-1], *x.shape[1:]) for x in choice)
     return TopKSample(*choice)

@@ -17,6 +17,7 @@ multiply-add, and `tl.fma` stands where one is meant.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -533,21 +534,25 @@ def gumbel_backward_kernel(
     tl.store(to + row * N + frame, tl.where(real, total / temperature, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=[*_SIZES, "alpha"])
 def lapsum_kernel(
-    scores, grad, to, scores_row, grad_row, N, K, temperature, margin, BLOCK_N: tl.constexpr
+    scores, grad, to, scores_row, grad_row, N, K, alpha, spread, BLOCK_N: tl.constexpr
 ):
-    """Weights of one row's soft set, or their gradient: in float64, by bisection for b."""
+    """Weights of one row's soft set, or their gradient: in float64, by bisection for b.
+
+    alpha: The temperature's bits as float64; Triton takes numbers in float32, where it may be 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     frame = tl.arange(0, BLOCK_N)
     inside = frame < N
     score = _scores(scores + row * scores_row, frame, inside)
     real = score > float("-inf")
     count = tl.sum(real.to(tl.int32), 0)
-    alpha = tl.cast(temperature, tl.float64)
+    alpha = alpha.to(tl.int64).to(tl.float64, bitcast=True)
+    margin = alpha * tl.cast(spread, tl.float64)
     x = score.to(tl.float64)
-    low = tl.min(tl.where(real, x, float("inf")), 0) - tl.cast(margin, tl.float64)
-    high = tl.max(x, 0) + tl.cast(margin, tl.float64)
+    low = tl.min(tl.where(real, x, float("inf")), 0) - margin
+    high = tl.max(x, 0) + margin
     for _ in range(64):
         middle = (low + high) * 0.5
         offset = (x - middle) / alpha
@@ -556,6 +561,9 @@ def lapsum_kernel(
         # Apart from the integer, lest it swallow tails that are all there is besides.
         surplus = tl.sum(above.to(tl.int32), 0) - K
         excess = surplus.to(tl.float64) + 0.5 * tl.sum(tl.where(above, -tail, tail), 0)
+        if excess == 0.0:  # tails are as large or too small for float64: the nearer one is larger
+            right = tl.min(tl.where(above, offset, float("inf")), 0)
+            excess = right + tl.max(tl.where(above, float("-inf"), offset), 0)
         low, high = tl.where(excess > 0, middle, low), tl.where(excess > 0, high, middle)
     offset = (x - (low + high) * 0.5) / alpha
     if grad is None:
@@ -1026,7 +1034,7 @@ def _lapsum(scores: Tensor, grad: Tensor | None, k: int, temperature: float) -> 
         lapsum_kernel,
         rows,
         *(scores, grad, found, scores.stride(0), 0 if grad is None else grad.stride(0)),
-        *(frames, k, temperature, temperature * math.log(2 * frames)),
+        *(frames, k, *struct.unpack("q", struct.pack("d", temperature)), math.log(2 * frames)),
         **_whole_row(scores),
     )
     return found
