@@ -13,7 +13,7 @@ FIGURE ?= answer.png
 QUESTIONS ?= "what shape is the thing that makes the blue star shrink?" \
   "what shape is the purple visitor?" "on which side is the blue ring when it comes in?"
 # Where `make gpu` writes, and which of its parts it does, all when empty: build tests bench head
-# large sanitize.
+# large sanitize more.
 OUT ?= gpu
 PART ?=
 # One worker per core; each runs torch on one thread, so that they do not fight for cores.

@@ -170,6 +170,12 @@ def ours(function: Function) -> list[Contestant]:
     ]
 
 
+def emulated(dtype: torch.dtype, device: str) -> bool:
+    """Whether torch multiplies matrices of a dtype by emulation alone, slowly."""
+    features = vd_kernels.explain().cpu_features
+    return device == "cpu" and dtype == torch.bfloat16 and "avx512_bf16" not in features
+
+
 def normal(seed: int, name: str, shape: Iterable[int], case: Case) -> Tensor:
     """Standard normals in the case's dtype on its device; they depend on seed, name and shape."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()

@@ -22,9 +22,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vd_kernels
 from benchmarks import spacetime_attention, topk_sampling
-from benchmarks.cases import Case, Contestant, Floor, Inputs, Task, normal, ours, spread_over
+from benchmarks.cases import (
+    Case,
+    Contestant,
+    Floor,
+    Inputs,
+    Task,
+    emulated,
+    normal,
+    ours,
+    spread_over,
+)
 from vd_kernels import TopKSample
-from vd_kernels.topk_sampling.noise import gumbel_noise
 from videodistill.engine.graphs import GraphRunner
 from videodistill.model import VideoDistill, VideoDistillConfig
 from videodistill.precision import keep_for_products
@@ -71,7 +80,10 @@ def eager_sample(
 ) -> TopKSample:
     """The hard choice, one under Gumbel noise ("gumbel"), or the mean of many ("perturbed")."""
     if method == "gumbel":
-        weights, indices = _eager_gumbel(scores, k, temperature, seed)
+        noise = None
+        if seed is not None:  # checked: the operator's own, on which gradients depend
+            noise = topk_sampling.noise_of_gumbel(scores, seed)
+        weights, indices = topk_sampling.eager_gumbel(scores, noise, k, temperature)
         return TopKSample(weights, indices, torch.ones_like(indices, dtype=torch.bool))
     indices = scores.topk(k).indices.sort(-1).values
     if method == "hard":
@@ -80,25 +92,6 @@ def eager_sample(
         draw = topk_sampling.drawing(topk_sampling.WithoutOneHots)
         (weights,) = draw(scores, None, None, k, num_samples)
     return TopKSample(weights, indices, torch.ones_like(indices, dtype=torch.bool))
-
-
-def _eager_gumbel(
-    scores: Tensor, k: int, temperature: float, seed: int | None
-) -> tuple[Tensor, Tensor]:
-    """The k best of noisy scores, straight through to the softmax that each pick is drawn from."""
-    if seed is None:
-        noise = -torch.empty_like(scores).exponential_().log()
-    else:  # checked: the operator's own, on which gradients depend
-        given = torch.tensor([seed], device=scores.device)
-        noise = gumbel_noise(len(scores), 1, scores.shape[-1], given, 0, scores.device)[:, 0]
-    keys = scores + noise.to(scores.dtype)
-    ranked = keys.topk(k).indices
-    hard = F.one_hot(ranked, scores.shape[-1]).to(scores.dtype)
-    gone = (hard.cumsum(1) - hard).bool()
-    soft = (keys.unsqueeze(1) / temperature).masked_fill(gone, -torch.inf).softmax(-1)
-    indices, order = ranked.sort(-1)
-    weights = (hard + soft - soft.detach()).gather(1, order.unsqueeze(-1).expand_as(hard))
-    return weights, indices
 
 
 def eager_gather(values: Tensor, sample: TopKSample) -> Tensor:
@@ -168,12 +161,9 @@ class Head(Task):
             return step(**inputs)
 
     def contestants(self, case: Case) -> list[Contestant]:
-        emulated = (
-            case.device == "cpu"
-            and case.dtype == torch.bfloat16
-            and "avx512_bf16" not in vd_kernels.explain().cpu_features
-        )
-        skipped = "this processor multiplies bfloat16 by emulation alone" if emulated else ""
+        skipped = ""
+        if emulated(case.dtype, case.device):
+            skipped = "this processor multiplies bfloat16 by emulation alone"
         chosen = Contestant("vd_kernels", step, ours=True)
         plain = next(entry for entry in ours(step) if entry.name == "reference")
         entries = [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks import head, language_gate, spacetime_attention, topk_sampling
+from benchmarks import head, language_gate, spacetime_attention, topk_gathering, topk_sampling
 from benchmarks.cases import Case
 
-FILES = (language_gate, topk_sampling, spacetime_attention, head)
+FILES = (language_gate, topk_sampling, topk_gathering, spacetime_attention, head)
 
 
 def cases(device: str) -> list[Case]:

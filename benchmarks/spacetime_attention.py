@@ -1,4 +1,4 @@
-"""Cases and baselines of `vd_kernels.spacetime_attention`, over time and within frames."""
+"""Cases and baselines of `vd_kernels.spacetime_attention`: over time, within frames and jointly."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ SDPA_BACKENDS = {
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, axis: str) -> Tensor:
     """The formula: [B,T,S,H,D] seen as groups [B,G,H,L,D]."""
+    if axis == "joint":  # as if one frame had all patches
+        q, k, v = (x.flatten(1, 2).unsqueeze(1) for x in (query, key, value))
+        return softmax_attention(q, k, v, axis="space").view(query.shape)
     order = (0, 2, 3, 1, 4) if axis == "time" else (0, 1, 3, 2, 4)
     back = (0, 3, 1, 2, 4) if axis == "time" else (0, 1, 3, 2, 4)
     q, k, v = (x.permute(order) for x in (query, key, value))
@@ -64,9 +67,10 @@ def permuted_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def viewed(attend: Attend, query: Tensor, key: Tensor, value: Tensor, *, axis: str) -> Tensor:
     """Attention of [batch,heads,length,D] on views of [B,T,S,H,D] that copy nothing.
 
-    Over time a patch's heads are as good as more heads; within frames a frame is a row more.
+    Over time a patch's heads are as good as more heads; within frames a frame is a row more;
+    jointly all frames are one sequence.
     """
-    pair = (2, 3) if axis == "time" else (0, 1)
+    pair = {"time": (2, 3), "space": (0, 1), "joint": (1, 2)}[axis]
     q, k, v = (x.flatten(*pair).transpose(1, 2) for x in (query, key, value))
     return attend(q, k, v).transpose(1, 2).reshape(query.shape)
 
@@ -206,7 +210,7 @@ class Attention(Task):
             moved, done = sum(passes.values()), sum(products.values())
         else:
             moved, done = passes[case.mode], products[case.mode]
-        groups, length = (s, t) if self.axis == "time" else (t, s)
+        groups, length = {"time": (s, t), "space": (t, s), "joint": (1, t * s)}[self.axis]
         length += self.prefixes
         without_gate = moved - gate * {"forward": 1, "backward": 2, "both": 3}[case.mode]
         return Floor(
@@ -224,6 +228,13 @@ def cases(device: str) -> Iterator[Case]:
     yield from spread_over(time, {**sizes, "B": 1, "T": 4}, device, modes=("forward",))
     yield from spread_over(space, {**sizes, "S": 197}, device)
     yield from spread_over(Attention("space", gated=True, prefixes=1), sizes, device)
+    yield from spread_over(
+        Attention("joint"),
+        {**sizes, "B": 8 if device == "cuda" else 1, "T": 8},
+        device,
+        modes=("forward",),
+        dtypes=("float32", "bfloat16"),
+    )
     tiny = {"B": 1, "T": 2, "S": 1, "H": 1, "D": 8}
     yield Case(time, tiny, torch.float32, "forward", device, repeats=200)
     yield from curve(time, {**sizes, "B": 1}, device, "T", (2, 4, 8, 16, 32, 64))

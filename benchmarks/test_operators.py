@@ -1,7 +1,8 @@
 """`pytest benchmarks`: the operators' cases under pytest-benchmark, one shape a test.
 
-Of each operator the cases with a goal on this device in the widest dtype there, by every contestant
-that needs no compiling. For tables, floors and memory use `python -m benchmarks`.
+Of each operator the cases with a goal on this device, and all of `topk_gather`, by every contestant
+that needs no compiling; bfloat16 where it is not emulated. For tables, floors and memory use
+`python -m benchmarks`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from benchmarks import registry
 from benchmarks.calls import Call, draw
-from benchmarks.cases import Case, Contestant
+from benchmarks.cases import Case, Contestant, emulated
 from benchmarks.check import Check
 from benchmarks.goals import goals
 
@@ -19,16 +20,19 @@ pytest.importorskip("pytest_benchmark")
 pytestmark = pytest.mark.timeout(0)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
 def runs() -> list[pytest.param]:
     wanted = goals(DEVICE)
-    cases = (case for case in registry.cases(DEVICE) if case.id in wanted)
+    cases = (
+        case
+        for case in registry.cases(DEVICE)
+        if case.id in wanted or case.task.operator == "topk_gather"
+    )
     return [
         pytest.param(case, contestant, id=f"{case.id}-{contestant.name}")
         for case in cases
-        if case.task.operator != "head" and case.dtype in (DTYPE, torch.float32)
+        if case.task.operator != "head" and not emulated(case.dtype, DEVICE)
         for contestant in case.task.contestants(case)
         if not contestant.compiled and contestant.name != "FlexAttention"
     ]

@@ -1,4 +1,4 @@
-"""Cases and baselines of `vd_kernels.topk_sample`: perturbed top-k and its gradient.
+"""Cases and baselines of `vd_kernels.topk_sample`: perturbed top-k and its gradient; one choice.
 
 A fused operator is bound by arithmetic here, a normal for each frame and sample, not by the few
 bytes of its floor.
@@ -7,6 +7,7 @@ bytes of its floor.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import vd_kernels
 from benchmarks.cases import Case, Contestant, Floor, Inputs, Task, curve, normal, ours, spread_over
-from vd_kernels.topk_sampling.noise import normal_noise
+from vd_kernels.topk_sampling.noise import gumbel_noise, normal_noise
 
 SIGMA = 2.0**-4
 """A power of two: sigma * z is exact, so that a fused multiply-add chooses the same frames."""
@@ -144,6 +145,98 @@ class TopKSample(Task):
         return Floor(bytes=4 * b * frames * (rows + weights * k))
 
 
+# ---------------------------------------------------------------------------------------------
+# One choice a row
+
+
+def eager_hard(scores: Tensor, noise: None, seed: None, k: int) -> tuple[Tensor]:
+    indices = scores.topk(k).indices.sort(-1).values
+    return (F.one_hot(indices, scores.shape[-1]).to(scores.dtype),)
+
+
+def scattered_hard(scores: Tensor, noise: None, seed: None, k: int) -> tuple[Tensor]:
+    """Without one-hots in int64."""
+    indices = scores.topk(k).indices.sort(-1).values
+    weights = scores.new_zeros(len(scores), k, scores.shape[-1])
+    return (weights.scatter_(2, indices.unsqueeze(-1), 1.0),)
+
+
+def eager_gumbel(
+    scores: Tensor, noise: Tensor | None, k: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The k best of noisy scores, straight through to the softmax that each pick is drawn from.
+
+    Returns weights and indices. Noise that is not given is drawn.
+    """
+    if noise is None:
+        noise = -torch.empty_like(scores).exponential_().log()
+    keys = scores + noise.to(scores.dtype)
+    ranked = keys.topk(k).indices
+    hard = F.one_hot(ranked, scores.shape[-1]).to(scores.dtype)
+    gone = (hard.cumsum(1) - hard).bool()
+    soft = (keys.unsqueeze(1) / temperature).masked_fill(gone, -torch.inf).softmax(-1)
+    indices, order = ranked.sort(-1)
+    weights = (hard + soft - soft.detach()).gather(1, order.unsqueeze(-1).expand_as(hard))
+    return weights, indices
+
+
+def noise_of_gumbel(scores: Tensor, seed: int) -> Tensor:
+    """The operator's own noise of a seed, as large as scores [B,N]."""
+    given = torch.tensor([seed], device=scores.device)
+    return gumbel_noise(len(scores), 1, scores.shape[-1], given, 0, scores.device)[:, 0]
+
+
+def drawn_gumbel(scores: Tensor, noise: Tensor | None, seed: int | None, k: int) -> tuple[Tensor]:
+    return eager_gumbel(scores, noise, k, 1.0)[:1]
+
+
+def ranked_gumbel(scores: Tensor, noise: Tensor | None, seed: int | None, k: int) -> tuple[Tensor]:
+    """Without one-hots: what each pick takes, and what is gone by then, by the ranks of frames."""
+    if noise is None:
+        noise = -torch.empty_like(scores).exponential_().log()
+    keys = scores + noise.to(scores.dtype)
+    ranked = keys.topk(k).indices
+    turns = torch.arange(k, device=keys.device).expand_as(ranked)
+    ranks = torch.full_like(keys, k, dtype=torch.int64).scatter_(1, ranked, turns).unsqueeze(1)
+    picks = ranked.sort(-1).indices.unsqueeze(-1)  # in which turn a slot's frame was picked
+    soft = keys.unsqueeze(1).masked_fill(ranks < picks, -torch.inf).softmax(-1)
+    return ((ranks == picks).to(soft.dtype) + soft - soft.detach(),)
+
+
+@dataclass(frozen=True)
+class OneChoice(TopKSample):
+    """Weights [B,K,N] of one choice a row: the K best scores, or those under Gumbel noise."""
+
+    variant: str = "hard"
+
+    small: ClassVar = {"B": 3, "K": 3, "N": 12}
+
+    def inputs(self, case: Case, seed: int, *, checking: bool) -> Inputs:
+        b, k, n = (case.sizes[name] for name in "BKN")
+        scores = normal(seed, "scores", (b, n), case)
+        inputs = {"scores": scores, "noise": None, "seed": None, "k": k}
+        if checking and self.variant == "gumbel":
+            inputs |= {"noise": noise_of_gumbel(scores, seed), "seed": seed}
+        return inputs
+
+    def oracle(self, **inputs: Any) -> tuple[Tensor, ...]:
+        return (eager_hard if self.variant == "hard" else drawn_gumbel)(**inputs)
+
+    def contestants(self, case: Case) -> list[Contestant]:
+        def own(scores: Tensor, noise: Tensor | None, seed: int | None, k: int) -> tuple[Tensor]:
+            return (vd_kernels.topk_sample(scores, k, method=self.variant, seed=seed).weights,)
+
+        hard = self.variant == "hard"
+        eager, lean = (eager_hard, scattered_hard) if hard else (drawn_gumbel, ranked_gumbel)
+        return [
+            *ours(own),
+            Contestant("eager", eager),
+            Contestant("torch.compile", eager, compiled=True),
+            Contestant("eager without one-hots", lean),
+            Contestant("torch.compile without one-hots", lean, compiled=True),
+        ]
+
+
 def _without_ties(scores: Tensor, noise: Tensor, k: int) -> Tensor:
     """Scores with rows drawn anew in which a sample's K-th and next best are equal.
 
@@ -166,6 +259,10 @@ def cases(device: str) -> Iterator[Case]:
     task = TopKSample()
     sizes = {"B": 256 if device == "cuda" else 16, "n": 500, "K": 16, "N": 512}
     yield from spread_over(task, sizes, device, dtypes=("float32",))
+    rows = {name: sizes[name] for name in "BKN"}
+    hard, gumbel = OneChoice("hard"), OneChoice("gumbel")
+    yield from spread_over(hard, rows, device, modes=("forward",), dtypes=("float32",))
+    yield from spread_over(gumbel, rows, device, modes=("forward", "both"), dtypes=("float32",))
     tiny = {"B": 1, "n": 2, "K": 1, "N": 4}
     yield Case(task, tiny, torch.float32, "forward", device, repeats=200)
     for axis, values in {

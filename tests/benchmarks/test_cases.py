@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from dataclasses import replace
+from types import ModuleType
+
 import pytest
 import torch
 
-from benchmarks import memory, registry
+from benchmarks import cases, memory, registry
 from benchmarks.calls import Call, draw
 from benchmarks.cases import DTYPES, MODES, Case, Contestant
 from benchmarks.check import Check, fault_of
 from benchmarks.goals import goals
+from benchmarks.language_gate import LanguageGate
 from benchmarks.memory import weigh
 from benchmarks.spacetime_attention import Attention
 from benchmarks.topk_sampling import TopKSample
@@ -119,11 +125,12 @@ def test_the_oracle_of_attention_is_the_suites(axis: str) -> None:
         torch.testing.assert_close(mine[1], theirs[1].mean(1))
 
 
-def test_the_oracle_of_the_gate_is_the_suites() -> None:
-    case = next(c for c in SHRUNK.values() if c.task.operator == "language_gate")
-    given = case.task.inputs(case, 0, checking=True)
-    inputs = {k: x.double() for k, x in given.items()}
-    torch.testing.assert_close(case.task.oracle(**inputs)[0], testing.gate_oracle(**inputs)[0])
+@pytest.mark.parametrize("variant", ["scalar", "channel", "max", "mean"])
+def test_the_oracle_of_the_gate_is_the_suites(variant: str) -> None:
+    task = LanguageGate(variant)
+    given = task.inputs(Case(task, task.small, torch.float32, "forward"), 0, checking=True)
+    inputs = {k: x.double() if isinstance(x, torch.Tensor) else x for k, x in given.items()}
+    torch.testing.assert_close(task.oracle(**inputs)[0], testing.gate_oracle(**inputs)[0])
 
 
 def test_the_oracle_of_the_choice_is_the_suites() -> None:
@@ -162,6 +169,11 @@ def at(operator: str, variant: str, mode: str, dtype: str, **sizes: int) -> Case
         ),
         # query, value, out of 2 · 3152 · 768 · 4 bytes = 19.4 MB, and the key's 0.2
         (at("language_gate", "scalar", "forward", "float32", B=2, L=3152, M=32, H=12, D=64), 58.3),
+        # gate_value is as large as the key
+        (at("language_gate", "channel", "forward", "float32", B=2, L=3152, M=32, H=12, D=64), 58.5),
+        # 8 frames of 196 · 768 · 4 bytes = 0.6 MB, read and written; backward 8, 32, and 32 of them
+        (at("topk_gather", "hard", "forward", "float32", B=2, N=32, K=8, C=196 * 768), 19.3),
+        (at("topk_gather", "hard", "backward", "float32", B=2, N=32, K=8, C=196 * 768), 86.7),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else str(value),
 )
@@ -174,6 +186,39 @@ def test_operations_are_those_counted_by_hand() -> None:
     assert time.task.floor(time).operations == 3 * 2 * (2 * 2 * 2 * 4)  # groups · products
     gate = at("language_gate", "scalar", "both", "float32", B=1, L=5, M=3, H=1, D=2)
     assert gate.task.floor(gate).operations == 4 * 2 * 5 * 3 * 2
+    joint = at("spacetime_attention", "joint", "forward", "float32", B=1, T=2, S=3, H=1, D=4)
+    assert joint.task.floor(joint).operations == 2 * 2 * (6 * 6 * 4)
+    gates = {"max": 2 * 5 * 3 * 2, "mean": 2 * 5 * 2, "channel": 2 * 2 * 5 * 3 * 2}
+    for variant, operations in gates.items():
+        case = at("language_gate", variant, "forward", "float32", B=1, L=5, M=3, H=1, D=2)
+        assert case.task.floor(case).operations == operations
+    gather = at("topk_gather", "hard", "both", "float32", B=1, N=5, K=3, C=2)
+    assert gather.task.floor(gather).operations == 2 * 3 * 5 * 2
+
+
+def test_every_operator_and_form_has_cases() -> None:
+    assert {(c.task.operator, c.task.variant) for c in CPU if c.task.operator != "head"} == {
+        *(("language_gate", form) for form in ("scalar", "max", "mean", "channel")),
+        *(("topk_sample", method) for method in ("hard", "perturbed", "gumbel")),
+        ("topk_gather", "hard"),
+        *(("spacetime_attention", axis) for axis in ("time", "space", "joint")),
+        *(("spacetime_attention", form) for form in ("time-gate", "space-gate-prefix")),
+    }
+
+
+def test_operators_are_timed_in_bfloat16_where_it_is_multiplied(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytest_benchmark", ModuleType("pytest_benchmark"))
+    test_operators = importlib.import_module("benchmarks.test_operators")
+    monkeypatch.setattr(test_operators, "DEVICE", "cpu")
+    for features, expected in (
+        ((), {torch.float32}),
+        (("avx512_bf16",), {torch.float32, torch.bfloat16}),
+    ):
+        found = replace(cases.vd_kernels.explain(), cpu_features=features)
+        monkeypatch.setattr(cases.vd_kernels, "explain", lambda found=found: found)
+        timed = [run.values[0] for run in test_operators.runs()]
+        assert {case.dtype for case in timed} == expected
+        assert "topk_gather" in {case.task.operator for case in timed}
 
 
 def test_memory_counts_what_a_call_takes() -> None:

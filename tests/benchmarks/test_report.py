@@ -271,14 +271,13 @@ def test_a_busy_machine_makes_a_case_inconclusive(monkeypatch) -> None:
     class Held(Quiet):
         LIMIT = 0.0  # every region takes longer
 
-    task = LanguageGate()
+    class Uncompiled(LanguageGate):
+        def contestants(self, case: Case) -> list:
+            return [c for c in LanguageGate().contestants(case) if not c.compiled]
+
+    task = Uncompiled()
     case = Case(task, task.small, torch.float32, "forward", repeats=1)
     budget = Budget(seconds=0.0, rounds=(2, 2))
-    monkeypatch.setattr(
-        task,
-        "contestants",
-        lambda case: [c for c in LanguageGate().contestants(case) if not c.compiled],
-    )
     monkeypatch.setattr(CpuClock, "__init__", lambda self: setattr(self, "cold_bytes", 0))
     quiet = runner.measure(case, CpuClock(), budget)
     assert quiet.busy_share <= 1.0
