@@ -16,8 +16,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [x for x in items if x.nodeid not in done]
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    # Of parallel workers the one that started them is told of all.
-    if report.when == "call" and report.passed and "PYTEST_XDIST_WORKER" not in os.environ:
-        with PASSED.open("a", encoding="utf-8") as to:
-            to.write(f"{report.nodeid}\n")
+class Listing:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            with PASSED.open("a", encoding="utf-8") as to:
+                to.write(f"{report.nodeid}\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # what started parallel workers is told of all
+        config.pluginmanager.register(Listing())
