@@ -675,6 +675,27 @@ def test_bad_input_to_gather(
         topk_gather(values, sample)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_gather_by_weights_of_another_dtype(kind: torch.dtype, dtype: torch.dtype) -> None:
+    """As by the reference, in values and gradients."""
+    if reason := load_cpu_kernels():
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 9, 40, generator=generator).to(kind)
+    scores = torch.randn(2, 9, generator=generator)
+    sample = topk_sample(scores, 3, sigma=1.0, num_samples=8, seed=1)
+    found = {}
+    for backend in ("reference", "cpp"):
+        x, weights = values.clone().requires_grad_(), sample.weights.to(dtype).requires_grad_()
+        with use_backend(backend):
+            out = topk_gather(x, sample._replace(weights=weights))
+            found[backend] = out.detach(), *torch.autograd.grad(out.float().sum(), (x, weights))
+    for one, other in zip(*found.values(), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+
+
 def test_the_docstring_examples_run() -> None:
     result = doctest.testmod(importlib.import_module("vd_kernels.topk_sampling.api"))
     assert result.attempted > 0 and result.failed == 0

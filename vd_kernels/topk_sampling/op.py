@@ -140,7 +140,7 @@ def _lapsum_backward_cpp(grad: Tensor, scores: Tensor, k: int, temperature: floa
 def _gather_cpp(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     out = torch.empty(*indices.shape, values.shape[2], dtype=values.dtype)
     torch.ops.vd._topk_gather_cpp.default(
-        rows_contiguous(values), weights.contiguous(), indices.contiguous(), out
+        rows_contiguous(values), weights.float().contiguous(), indices.contiguous(), out
     )
     return out
 
@@ -148,18 +148,20 @@ def _gather_cpp(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 def _gather_backward_cpp(
     grad: Tensor, values: Tensor, weights: Tensor, indices: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    # The kernels read and write weights as floats, which cast ones are not.
+    kinds = (values, values.dtype), (weights, torch.float32)
     grads = [
-        torch.empty(x.shape, dtype=x.dtype) if needed else None
-        for x, needed in zip((values, weights), needs, strict=True)
+        torch.empty(x.shape, dtype=dtype) if needed else None
+        for (x, dtype), needed in zip(kinds, needs, strict=True)
     ]
     torch.ops.vd._topk_gather_backward_cpp.default(
         rows_contiguous(grad),
         rows_contiguous(values),
-        weights.contiguous(),
+        weights.float().contiguous(),
         indices.contiguous(),
         *grads,
     )
-    return grads[0], grads[1]
+    return grads[0], grads[1] if grads[1] is None else grads[1].to(weights.dtype)
 
 
 def _empty_choice(scores: Tensor, k: int) -> Choice:
