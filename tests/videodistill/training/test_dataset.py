@@ -208,7 +208,7 @@ def test_a_part_without_choices_joins_in_the_loss_of_those_with_some(
     model = VideoDistill.for_encoder(small_encoder, width=16, heads=2, answers=["red", "blue"])
     objective = Objective(model, LossConfig(), words=10)
     chunks = list(enumerate(examples.rows))
-    sums, guesses, _ = objective(examples.batch(chunks, slice(4, 5), seed=7))
+    sums, guesses, *_ = objective(examples.batch(chunks, slice(4, 5), seed=7))
     assert sums.keys() == {"answer", "choice"} and sums["choice"] == 0
     assert sums["choice"].requires_grad and guesses.shape == (3,)
     alone, *_ = objective(examples.batch(chunks[4:], slice(0, 1), seed=7))
@@ -246,7 +246,7 @@ def test_a_phase_decides_which_frames_are_chosen_and_what_is_looked_at(
 
     assert losses(PhaseConfig(sampler=0)).keys() == {"answer", "choice"}
     del chosen[:]
-    alone, guesses, _ = objective(batch, None, PhaseConfig(others=0))
+    alone, guesses, *_ = objective(batch, None, PhaseConfig(others=0))
     assert alone.keys() == {"evidence"} and alone["evidence"] == usual["evidence"]
     assert not chosen and (guesses == -1).all()
 
