@@ -42,9 +42,11 @@ def sampled(call: Callable[[], object], seconds: float = SECONDS) -> dict[str, f
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with subprocess.Popen([*record, "-p", str(os.getpid())], **quiet) as recorder:
             end = time.monotonic() + seconds
-            while time.monotonic() < end and recorder.poll() is None:
-                call()
-            recorder.send_signal(signal.SIGINT)
+            try:
+                while time.monotonic() < end and recorder.poll() is None:
+                    call()
+            finally:  # it would record for as long as this process lives
+                recorder.send_signal(signal.SIGINT)
         report = [perf, "report", "-i", str(data), "--stdio", "--no-children", "-n", "-q"]
         report += ["--sort", "dso,symbol", "-F", "sample,dso,symbol", "-t", "|"]
         told = subprocess.run(report, capture_output=True, text=True, errors="replace").stdout

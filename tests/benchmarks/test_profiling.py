@@ -43,6 +43,21 @@ def test_bare_names(symbol, name):
     assert bare(symbol) == name
 
 
+def test_a_call_that_fails_ends_the_recording(tmp_path, monkeypatch):
+    perf = tmp_path / "perf"
+    perf.write_text("#!/bin/sh\nexec sleep 60\n")
+    perf.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+    def fail():
+        raise MemoryError
+
+    began = time.monotonic()
+    with pytest.raises(MemoryError):
+        sampled(fail)
+    assert time.monotonic() - began < 30
+
+
 def test_without_perf_nothing_is_told(monkeypatch):
     monkeypatch.setenv("PATH", "")
     began = time.monotonic()
