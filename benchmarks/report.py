@@ -97,7 +97,8 @@ def _ratio_cell(result: Results, case: CaseResult) -> str:
 def _device(env: Environment) -> str:
     """Its name as short as can be, with what tells it from others of the name."""
     name = re.sub(r"\(R\)|\(TM\)|\bProcessor\b", "", env.device)
-    return " ".join(f"{name} {env.vectors.replace('_', ' ')}".split())
+    threads = f", {env.threads} threads" * (env.kind == "cpu")
+    return " ".join(f"{name} {env.vectors.replace('_', ' ')}".split()) + threads
 
 
 def _title(case: CaseResult) -> str:
@@ -109,9 +110,7 @@ def _title(case: CaseResult) -> str:
 def _origin(device: str, found: Sequence[Results]) -> str:
     commits = ", ".join(dict.fromkeys(result.environment.commit[:10] for result in found))
     last = max(result.date for result in found)[:10]
-    threads = found[0].environment.threads
-    on = f", {threads} threads" * (found[0].environment.kind == "cpu")
-    return f"- {device}{on}: measured at commit {commits}, until {last}."
+    return f"- {device}: measured at commit {commits}, until {last}."
 
 
 def performance(results: Sequence[Results]) -> str:

@@ -201,7 +201,7 @@ def test_tables_say_what_was_measured(results: Results, tmp_path: Path) -> None:
 
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\nRest.\n") and "old" not in text
-    assert "| case | Made up avx2 |" in text
+    assert "| case | Made up avx2, 2 threads |" in text
     assert (
         "| `spacetime_attention` time, forward, float32, B4 T16 S196 H12 D64 | 2.50 (1.0) |" in text
     )
@@ -231,12 +231,14 @@ def test_readme_sets_devices_side_by_side(results: Results) -> None:
     newer = replace(results, cases={second: made_up(second, 4.0)})
     wide = replace(ENVIRONMENT, cpu_flags=("avx2", "avx512f"))
     other = replace(results, environment=wide, cases={second: made_up(second, 8.0)})
-    text = report.summary([newer, older, other])
-    assert "| case | Made up avx2 | Made up avx512f |" in text
+    alone = replace(other, environment=replace(wide, threads=1))
+    text = report.summary([newer, older, other, alone])
+    names = ("Made up avx2, 2 threads", "Made up avx512f, 2 threads", "Made up avx512f, 1 threads")
+    assert f"| case | {' | '.join(names)} |" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split("|")[2:4] for row in rows] == [
-        [" 5.00 (0.5) ", "  "],
-        [" 2.50 (1.0) ", " 1.25 (2.0) "],
+    assert [row.split("|")[2:5] for row in rows] == [
+        [" 5.00 (0.5) ", "  ", "  "],
+        [" 2.50 (1.0) ", " 1.25 (2.0) ", " 1.25 (2.0) "],
     ]
 
 
