@@ -71,15 +71,7 @@ def eager_bmm(
     return ((gate if gate_value is not None else gate.unsqueeze(-1)) * value,)
 
 
-def fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    gate_value: Tensor | None = None,
-    reduction: str = "softmax",
-) -> tuple[Tensor]:
-    settings = {"bias": bias, "gate_value": gate_value, "reduction": reduction}
+def fused(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> tuple[Tensor]:
     return (vd_kernels.language_gate(query, key, value, **settings),)
 
 

@@ -259,11 +259,11 @@ def _found(
 
 
 def frames_of(batch: Batch, scores: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of each row's real frames, on the CPU: scores [n], and times [n] from 0 to 1.
+    """Of each row's real frames, on the CPU: float32 scores [n], and times [n] from 0 to 1.
 
     Args:
         batch: With B rows about V videos of up to N frames.
-        scores: [B,N].
+        scores: Floating [B,N].
     """
     scores, times = scores.float().cpu(), batch.times.float().cpu()
     each = len(scores) // len(times)

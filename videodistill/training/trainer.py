@@ -549,8 +549,10 @@ class _Run:
         if outcome.scores is None or not self.material.val.grounded:
             return found
         for place, (scores, times) in enumerate(frames_of(batch, outcome.scores)):
+            if rows[place] < 0:
+                continue
             question = self.material.val.asked[rows[place]]
-            if rows[place] < 0 or not question.evidence:
+            if not question.evidence:
                 continue
             duration = float(self.val_examples.features[question.video].duration)
             start, end = question.interval or (0.0, duration)
