@@ -421,24 +421,22 @@ def test_what_sdpa_does_not_take_is_refused(options: dict, reason: str) -> None:
 class OnAGpu:
     """What is looked at of a tensor on a GPU, where a backend is chosen."""
 
-    is_cuda, is_cpu, device, dtype, shape = True, False, torch.device("cuda", 0), HALF.dtype, (8,)
-
-    def numel(self) -> int:
-        return 8
+    is_cuda, is_cpu, device = True, False, torch.device("cuda", 0)
+    dtype, shape = HALF.dtype, HALF.shape
 
 
 def test_on_a_gpu_sdpa_is_chosen_where_it_can_do_the_whole_call(monkeypatch) -> None:
     monkeypatch.setattr(backends, "_too_old", lambda index: "")
     x = OnAGpu()
-    plain, given = ("joint", None, None, None), torch.ones(1)
+    plain, mask = ("joint", None, None, None), torch.ones(HALF.shape[:2], dtype=torch.bool)
     assert op.choose(op.FORWARD, x, *plain) is op.FORWARD["sdpa"]
     assert op.choose(op.BACKWARD, x, *plain) is not op.BACKWARD["sdpa"]
     for other in (
         ("time", None, None, None),
         ("space", None, None, None),
         ("joint", (1, 1, 1), None, None),
-        ("joint", None, given, None),
-        ("joint", None, None, given),
+        ("joint", None, mask, None),
+        ("joint", None, None, HALF[:, :1, :1]),
     ):
         assert op.choose(op.FORWARD, x, *other) not in (op.FORWARD["sdpa"], op.FORWARD["cpp"])
     x = HALF
