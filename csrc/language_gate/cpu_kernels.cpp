@@ -89,7 +89,7 @@ struct Room {
         shares(carve.take(g.padded * kBlock)),
         left(carve.take(kPaired<T> ? g.padded * kBlock : 0)),
         reduced(carve.take(kBlock)),
-        gate(carve.take(kBlock * channels)) {}
+        gate(carve.take(kBlock * (g.per_channel ? channels : 1))) {}
 };
 
 int64_t forward_scratch(const Arguments& g) {
@@ -328,11 +328,11 @@ struct GradientRoom : Room<T> {
 
   GradientRoom(const Arguments& g, float* scratch)
       : Room<T>(g, scratch),
-        grad_shares(take(g.padded * kBlock)),
+        grad_shares(take(g.per_channel ? g.padded * kBlock : 0)),
         grad_query(take(kBlock * this->width)),
-        grad_gate(take(kBlock * this->channels)),
-        grad_units(take(kPaired<T> ? kBlock * units_of<T>(this->channels) : 0)),
-        stack(take(kPaired<T> ? units_summed<T>(kBlock) * this->channels : 0)),
+        grad_gate(take(kBlock * (g.per_channel ? this->channels : 1))),
+        grad_units(take(kPaired<T> && g.per_channel ? kBlock * units_of<T>(this->channels) : 0)),
+        stack(take(kPaired<T> && g.per_channel ? units_summed<T>(kBlock) * this->channels : 0)),
         query_stack(take(kPaired<T> ? units_summed<T>(kBlock) * this->width : 0)),
         columns(take(kPaired<T> ? g.padded * units_summed<T>(kBlock) : 0)),
         packing(take((g.padded > 0 ? g.padded : 1) *

@@ -18,7 +18,7 @@ int64_t grain(int64_t work) { return std::max<int64_t>(1, 32768 / std::max<int64
 
 // Samples are divided into chunks where rows are few: enough of them for many threads, and as many
 // for any number of threads, so the bits do not depend on it. At most one for so many samples.
-constexpr int64_t kTasks = 48, kSamplesOfChunk = 64;
+constexpr int64_t kTasks = 32, kSamplesOfChunk = 64;
 
 class Call {
  public:
