@@ -425,15 +425,6 @@ VD_INLINE void finish_streams() {
 #endif
 }
 
-// Asks for n elements that will be read soon, into the nearest cache; with kLocality 2 into the next.
-template <int kLocality = 3, typename T>
-VD_INLINE void fetch(const T* from, int64_t n) {
-  const char* const start = reinterpret_cast<const char*>(from);
-  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64) {
-    __builtin_prefetch(start + byte, 0, kLocality);
-  }
-}
-
 // --- functions -----------------------------------------------------------------------------------
 
 // e^x for x <= 88, with a relative error below 2e-7; 0 below -87.

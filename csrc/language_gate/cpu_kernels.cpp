@@ -1,6 +1,7 @@
 // language_gate for one instruction set: forward and backward on a few tokens of one head at a time.
 #include "language_gate/cpu_kernels.h"
 
+#include "common/ahead.h"
 #include "common/carve.h"
 #include "common/gemm.h"
 #include "common/pairs.h"
@@ -129,42 +130,28 @@ VD_INLINE F softmax_columns(const float* s, int64_t n, float* p) {
   return sums.weighted * share;
 }
 
-// Asks for the rows of the next block while this one is computed, a few whole tokens at a time: what
-// one head has of them lies too far apart for the processor to foresee and for memory to be fast.
+// Asks for the rows of a block while the one before is computed, in `steps` steps: those of `heads`
+// heads from h on. There is none if its first token is not below L.
 template <typename T>
-class Ahead {
- public:
-  // The block begins at token `first` of question b, or there is none if that is not below L. Only
-  // heads h .. h + heads are computed.
-  Ahead(const Arguments& g, int64_t b, int64_t first, int64_t h, int64_t heads)
-      : g_(g),
-        b_(b),
-        first_(first),
-        rows_(g.length - first < kBlock ? g.length - first : kBlock),
-        h_(h),
-        heads_(heads),
-        parts_(heads * kParts) {}
+Ahead ahead_of(const Arguments& g, int64_t b, int64_t first, int64_t h, int64_t heads, int64_t steps) {
+  Ahead ahead;
+  const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
+  const auto add = [&](const Tokens& x, int64_t width) {
+    if (!x.data || rows <= 0) return;
+    const int64_t parts = x.head == width ? 1 : heads;  // of a token: its heads lie side by side
+    constexpr int64_t size = sizeof(T);
+    ahead.add(at<T>(x, b, first, h), {1, rows, parts}, {0, x.token * size, x.head * size},
+              heads / parts * width * size);
+  };
+  add(g.query, g.width);
+  add(g.value, g.channels);
+  add(g.grad_out, g.channels);
+  ahead.start(steps);
+  return ahead;
+}
 
-  // While the tile at row i of the `done`-th head is computed. Inlined, as GCC takes a function that
-  // does nothing but this for one without effect.
-  VD_INLINE void fetch_part(const Tokens& x, int64_t width, int64_t done, int64_t i) const {
-    if (rows_ <= 0 || !x.data) return;
-    const int64_t part = done * kParts + i / kStep<T>;
-    for (int64_t l = part * rows_ / parts_; l < (part + 1) * rows_ / parts_; ++l) {
-      const T* const row = at<T>(x, b_, first_ + l, h_);
-      if (x.head == width) {
-        fetch<2>(row, heads_ * width);
-      } else {
-        for (int64_t h = 0; h < heads_; ++h) fetch<2>(row + h * x.head, width);
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t kParts = kBlock / kStep<T>;
-  const Arguments& g_;
-  int64_t b_, first_, rows_, h_, heads_, parts_;
-};
+// Steps of `ahead_of` beside a product.
+constexpr int64_t kBeside = 3;
 
 // One head of a question, packed, in the forms that are needed: rows [padded,width rounded up] and
 // their transpose.
@@ -176,13 +163,13 @@ struct Question {
 // per channel [rows,Dv'].
 template <typename T>
 void gate_of(const Arguments& g, const Room<T>& room, const Question& question, int64_t b, int64_t h,
-             const Rows& query, int64_t rows, bool keep, const Ahead<T>& ahead, int64_t done) {
+             const Rows& query, int64_t rows, bool keep, Ahead* ahead) {
   const int64_t n = g.count[b], channels = room.channels;
   if (n > 0) {
     const int64_t padded = round_up(n, kLanes);
     for (int64_t i = 0; i < rows; i += kStep<T>) {
       const int64_t some = rows - i < kStep<T> ? rows - i : kStep<T>;
-      ahead.fetch_part(g.query, g.width, done, i);
+      ahead->step(kBeside);
       gemm<kPaired<T>>(some, n, units_of<T>(g.width), query.data + i * query.stride,
                        {query.stride, 1}, question.key_columns, g.padded, room.rows + i * padded,
                        padded, false);
@@ -238,8 +225,9 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
   for (int64_t block = begin; block < end; ++block) {
     const int64_t b = block / blocks, first = block % blocks * kBlock;
     const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
-    const Ahead<T> ahead(g, (block + 1) / blocks,
-                         block + 1 < end ? (block + 1) % blocks * kBlock : g.length, 0, g.heads);
+    const int64_t next = block + 1 < end ? (block + 1) % blocks * kBlock : g.length;
+    Ahead ahead = ahead_of<T>(g, (block + 1) / blocks, next, 0, g.heads,
+                              g.heads * (kBeside * kBlock / kStep<T> + kBlock));
     for (int64_t h = 0; h < g.heads; ++h) {
       const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, false,
                                  room.query);
@@ -247,9 +235,9 @@ void forward_blocks(const Arguments& g, int64_t begin, int64_t end, float* scrat
       const Question question{nullptr, g.key.columns + head * room.width,
                               g.per_channel ? g.gate_value.rows + head * room.channels : nullptr,
                               nullptr};
-      gate_of(g, room, question, b, h, query, rows, false, ahead, h);
+      gate_of(g, room, question, b, h, query, rows, false, &ahead);
       for (int64_t i = 0; i < rows; ++i) {
-        if (i % kStep<T> == 0) ahead.fetch_part(g.value, g.channels, h, i);
+        ahead.step_of_row<T>(i);
         const int64_t row = (b * g.length + first + i) * g.heads + h;
         const float* own = room.gate + i * (g.per_channel ? room.channels : 1);
         if (g.out) {
@@ -427,8 +415,7 @@ VD_INLINE void add_up(const float* sums, int64_t n, bool first, float* totals) {
 
 template <typename T>
 void backward_block(const Arguments& g, const GradientRoom<T>& room, const Question& question,
-                    int64_t b, int64_t h, int64_t first, const HeadSums& sums, const Ahead<T>& ahead,
-                    int64_t done) {
+                    int64_t b, int64_t h, int64_t first, const HeadSums& sums, Ahead* ahead) {
   constexpr bool pairs = kPaired<T>;
   const int64_t width = room.width, channels = room.channels;
   const int64_t rows = g.length - first < kBlock ? g.length - first : kBlock;
@@ -440,7 +427,7 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, const Quest
   const bool around_value = g.stream && to_value && can_stream(to_value, g.channels);
   const Rows query = rows_of(at<T>(g.query, b, first, h), g.query.token, rows, g.width, true,
                              room.query);
-  gate_of(g, room, question, b, h, query, rows, true, ahead, done);
+  gate_of(g, room, question, b, h, query, rows, true, ahead);
   // Long before it is multiplied: tiles wait for what was written just before.
   Stack query_stack{};
   if (sums.key) {
@@ -451,10 +438,7 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, const Quest
   for (int64_t i = 0; i < rows; ++i) {
     const float* own = room.gate + i * gates;
     float* grad = room.grad_gate + i * gates;
-    if (i % kStep<T> == 0) {
-      ahead.fetch_part(g.value, g.channels, done, i);
-      ahead.fetch_part(g.grad_out, g.channels, done, i);
-    }
+    ahead->step_of_row<T>(i);
     for (int64_t c = 0; c < gates; ++c) grad[c] = 0.0f;
     const int64_t row = (b * g.length + first + i) * g.heads + h;
     if (g.grad_out.data) {
@@ -557,6 +541,7 @@ void backward_block(const Arguments& g, const GradientRoom<T>& room, const Quest
               room.grad_query, width, false);
   const float factor = pairs ? g.scale : 1.0f;  // which keys lack if they are as they were given
   for (int64_t i = 0; i < rows; ++i) {
+    ahead->step_of_row<T>(i);
     T* to = to_query + ((b * g.length + first + i) * g.heads + h) * g.width;
     if (around_query) {
       stream_row(room.grad_query + i * width, g.width, factor, to);
@@ -586,11 +571,12 @@ void backward_tasks(const Arguments& g, int64_t begin, int64_t end, float* scrat
       for (int64_t i = 0; i < heads; ++i) sums_of(i).clear(g, room);
       const int64_t end_block = (part + 1) * blocks / g.chunks;
       for (int64_t block = part * blocks / g.chunks; block < end_block; ++block) {
-        const Ahead<T> ahead(g, b, block + 1 < last_block ? (block + 1) * kBlock : g.length,
-                             first_head, heads);
+        const int64_t next = block + 1 < last_block ? (block + 1) * kBlock : g.length;
+        Ahead ahead = ahead_of<T>(g, b, next, first_head, heads,
+                                  heads * (kBeside * kBlock / kStep<T> + 2 * kBlock));
         for (int64_t i = 0; i < heads; ++i) {
           backward_block(g, room, room.question(i), b, first_head + i, block * kBlock, sums_of(i),
-                         ahead, i);
+                         &ahead);
         }
       }
       if (!g.whole) continue;

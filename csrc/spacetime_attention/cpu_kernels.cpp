@@ -45,13 +45,15 @@ int64_t count_real(const Sequence& s, int32_t* before) {
 // elements.
 template <typename T>
 VD_INLINE void gather(const Sequence& s, const Prefix& prefix, const Video& x,
-                      const int32_t* before, int64_t width, float factor, float* rows) {
+                      const int32_t* before, int64_t width, float factor, float* rows,
+                      Ahead* ahead) {
   const int64_t step = units_of<T>(width);
   for (int64_t i = 0; i < s.a.prefixes; ++i, rows += step) {
     load_units(s.at<T>(prefix, i), s.a.width, width, rows, factor);
   }
   const Walk<T> walk(s, x);
   for (int64_t i = 0; i < s.a.length; ++i) {
+    ahead->step_of_row<T>(i);
     if (before[i] == before[i + 1]) continue;
     load_units(walk[i], s.a.width, width, rows, factor);
     rows += step;
@@ -85,13 +87,13 @@ VD_INLINE Rows rows_at(const Walk<T>& walk, int64_t first) {
 template <typename T>
 VD_INLINE Rows rows_of_keys(const Sequence& s, const Prefix& prefix, const Video& x,
                             const int32_t* before, int64_t keys, int64_t width, float factor,
-                            bool tiled, float* room) {
+                            bool tiled, float* room, Ahead* ahead) {
   const Walk<T> walk(s, x);
   if (kPaired<T> && in_place(s, walk, width) && keys == s.a.length && s.a.prefixes == 0 &&
       (!tiled || (kTiled<T> && keys % kTileSize == 0))) {
     return rows_at(walk, 0);
   }
-  gather<T>(s, prefix, x, before, width, factor, room);
+  gather<T>(s, prefix, x, before, width, factor, room, ahead);
   return {room, units_of<T>(width)};
 }
 
@@ -106,12 +108,13 @@ VD_INLINE void clear_rest(float* room, int64_t rows, int64_t step) {
 template <typename T>
 VD_INLINE Rows rows_of(const Sequence& s, const Video& x, const Prefix& prefix,
                        const Queries& queries, int64_t first, int64_t rows, int64_t width,
-                       float* room) {
+                       float* room, Ahead* ahead) {
   const int64_t tokens = smaller(rows, queries.tokens - first);
   const Walk<T> walk(s, x);
   if (in_place(s, walk, width) && tokens == rows && rows % kLanes == 0) return rows_at(walk, first);
   const int64_t step = units_of<T>(width);
   for (int64_t i = 0; i < tokens; ++i) {
+    ahead->step_of_row<T>(i);
     load_units(walk[first + i], s.a.width, width, room + i * step);
   }
   for (int64_t i = larger(0, tokens); i < rows; ++i) {
@@ -208,11 +211,12 @@ VD_INLINE void sum_values(const Arguments& a, const Room<T>& room, const Left& w
 // Writes room.result, normalised and through the gate, to where the results of some queries belong.
 template <typename T>
 VD_INLINE void write_out(const Sequence& s, const Room<T>& room, const Queries& queries,
-                         int64_t first, int64_t rows) {
+                         int64_t first, int64_t rows, Ahead* ahead) {
   const Arguments& a = s.a;
   T* const out = static_cast<T*>(a.out);
   const bool around = a.stream && can_stream(out, a.width);
   for (int64_t i = 0; i < rows; ++i) {
+    ahead->step_of_row<T>(i);
     float* result = room.result + i * room.width;
     if (const int64_t prefix = first + i - queries.tokens; prefix >= 0) {
       store_row(result, a.width, room.shares[i],
@@ -225,6 +229,10 @@ VD_INLINE void write_out(const Sequence& s, const Room<T>& room, const Queries& 
   }
 }
 
+constexpr int64_t kBetween = 8;  // steps of Ahead between two products
+template <typename T>
+constexpr int64_t kCopies = kPaired<T> ? 0 : 1;  // what pairs can be read as they lie
+
 // What the next product needs is put in order between this one's parts: so no product waits for what
 // was written just before it.
 template <typename T>
@@ -235,8 +243,12 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
   const int64_t blocks = (queries.count() + room.block - 1) / room.block;
   for (int64_t task = begin; task < end; ++task) {
     Sequence s(a, task, heads), next = s;
-    const int64_t first_head = s.h, items = (smaller(s.h + heads, a.heads) - s.h) * blocks;
-    const Ahead<T> ahead(a, task, end, heads, items);
+    const int64_t first_head = s.h, own_heads = smaller(s.h + heads, a.heads) - s.h;
+    const int64_t items = own_heads * blocks;
+    // A step for each row that is copied or written, and a few between products.
+    const int64_t rows_of_head = queries.count() + kCopies<T> * (queries.count() + 2 * a.length);
+    Ahead ahead = ahead_of<T>(a, task, end, heads,
+                              own_heads * (blocks * 4 * kBetween + rows_of_head));
     const int64_t keys = a.prefixes + count_real(s, room.before);
     const auto first_of = [&](int64_t item) { return item % blocks * room.block; };
     const auto rows_from = [&](int64_t first) { return smaller(room.block, queries.count() - first); };
@@ -246,16 +258,16 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
       next.h = first_head + item / blocks;
       if (first == 0) {
         key = rows_of_keys<T>(next, a.prefix_key, a.key, room.before, keys, width, a.scale, true,
-                              room.key);
+                              room.key, &ahead);
       }
       turn_queries(a, room, rows_of<T>(next, a.query, a.prefix_query, queries, first, rows, width,
-                                       room.query), rows);
+                                       room.query, &ahead), rows);
     };
     Stack value{};
     const auto prepare_values = [&](int64_t item) {
       if (first_of(item) != 0) return;
       const Rows rows = rows_of_keys<T>(next, a.prefix_value, a.value, room.before, keys, width,
-                                        1.0f, false, room.value);
+                                        1.0f, false, room.value, &ahead);
       value = stack_of<T>(rows.data, rows.stride, keys, width, room.value_stack);
     };
     if (items == 0) continue;
@@ -265,16 +277,16 @@ void forward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scratc
       const int64_t first = first_of(item), rows = rows_from(first);
       s.h = next.h;
       score(a, room, key, rows, keys);
-      ahead.fetch_part(a.query, item);
+      ahead.step(kBetween);
       weigh(s, room, queries, first, rows, keys);
-      ahead.fetch_part(a.key, item);
+      ahead.step(kBetween);
       const Left weights = over_rows<T>(room.weights, keys, room.block, rows, room.left);
       if (item + 1 < items) prepare_scores(item + 1);
-      ahead.fetch_part(a.value, item);
+      ahead.step(kBetween);
       sum_values(a, room, weights, value, rows, keys);
       if (item + 1 < items) prepare_values(item + 1);
-      ahead.fetch_part(a.gate, item);
-      write_out(s, room, queries, first, rows);
+      ahead.step(kBetween);
+      write_out(s, room, queries, first, rows, &ahead);
     }
   }
   finish_streams();
@@ -323,7 +335,7 @@ float key_factor(const Arguments& a) {
 // for a token is left to the weights, in room.factors.
 template <typename T>
 Rows grad_rows(const Sequence& s, const GradientRoom<T>& room, const Queries& queries, int64_t first,
-               int64_t rows) {
+               int64_t rows, Ahead* ahead) {
   const Arguments& a = s.a;
   const bool whole = a.gate.data && a.gate.width != 0;
   for (int64_t i = 0; i < rows; ++i) {
@@ -332,9 +344,10 @@ Rows grad_rows(const Sequence& s, const GradientRoom<T>& room, const Queries& qu
   }
   if (!whole) {
     return rows_of<T>(s, a.grad_out, a.grad_prefix_out, queries, first, rows, room.width,
-                      room.grad_units);
+                      room.grad_units, ahead);
   }
   for (int64_t i = 0; i < rows; ++i) {
+    ahead->step_of_row<T>(i);
     const int64_t prefix = first + i - queries.tokens;
     float* const units = room.grad_units + i * room.units;
     if (prefix >= 0) {
@@ -400,8 +413,8 @@ void differentiate_softmax(const Sequence& s, const GradientRoom<T>& room, int64
 // Adds the gradients that some queries send to keys and values, or sets them with the first, and
 // writes the queries' own.
 template <typename T>
-void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<T>& ahead,
-                    int64_t part, const Rows& key, const Rows& value, const Stack& key_stack,
+void backward_block(const Sequence& s, const GradientRoom<T>& room, Ahead* ahead,
+                    const Rows& key, const Rows& value, const Stack& key_stack,
                     const Stack& value_stack, const Queries& queries, int64_t first, int64_t rows,
                     int64_t keys, bool around) {
   constexpr bool pairs = kPaired<T>;
@@ -411,27 +424,26 @@ void backward_block(const Sequence& s, const GradientRoom<T>& room, const Ahead<
   const bool to_value = a.grad_value || a.grad_prefix_value;
   const bool to_key = a.grad_key || a.grad_prefix_key;
   // As in forward: each product finds what it needs written some time ago.
-  ahead.fetch_part(a.query, part);
+  ahead->step(kBetween);
   const Rows query =
-      rows_of<T>(s, a.query, a.prefix_query, queries, first, rows, width, room.query);
+      rows_of<T>(s, a.query, a.prefix_query, queries, first, rows, width, room.query, ahead);
   turn_queries(a, room, query, rows);
-  const Rows grad = grad_rows(s, room, queries, first, rows);
+  const Rows grad = grad_rows(s, room, queries, first, rows, ahead);
   transpose(rows, units, grad.data, grad.stride, room.grad_columns, block);
   score(a, room, key, rows, keys);
   Stack grad_stack{}, query_stack{};
   if (to_value) grad_stack = stack_of<T>(grad.data, grad.stride, rows, width, room.grad_stack);
-  ahead.fetch_part(a.key, part);
+  ahead->step(kBetween);
   gemm<pairs>(keys, rows, units, value.data, {value.stride, 1}, room.grad_columns, block,
               room.grad_weights, block, false);
   if (to_key) query_stack = stack_of<T>(query.data, query.stride, rows, width, room.query_stack);
   weigh(s, room, queries, first, rows, keys);
-  ahead.fetch_part(a.value, part);
+  ahead->step(kBetween);
   if (a.grad_gate && a.gate.width != 0) {
     differentiate_gate(s, room, value_stack, first, rows, queries.tokens, keys);
   }
   differentiate_softmax(s, room, first, rows, queries.tokens, keys);
-  ahead.fetch_part(a.grad_out, part);
-  ahead.fetch_part(a.gate, part);
+  ahead->step(kBetween);
   Left p{}, of_keys{};
   if (to_value) p = over_columns<T>(room.weights, keys, block, rows, room.weight_columns);
   if (to_key) of_keys = over_columns<T>(room.grad_weights, keys, block, rows, room.columns);
@@ -471,13 +483,16 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
   for (int64_t task = begin; task < end; ++task) {
     Sequence s(a, task, heads);
     const int64_t end_head = smaller(s.h + heads, a.heads);
-    const Ahead<T> ahead(a, task, end, heads, (end_head - s.h) * blocks);
+    const int64_t rows_of_head = 2 * queries.count() + 2 * a.length +
+                                 kCopies<T> * (queries.count() + 2 * a.length);
+    Ahead ahead = ahead_of<T>(a, task, end, heads,
+                              (end_head - s.h) * (blocks * 4 * kBetween + rows_of_head));
     const int64_t keys = a.prefixes + count_real(s, room.before);
-    for (int64_t part = 0; s.h < end_head; ++s.h) {
+    for (; s.h < end_head; ++s.h) {
       const Rows key = rows_of_keys<T>(s, a.prefix_key, a.key, room.before, keys, width, a.scale,
-                                       true, room.key);
+                                       true, room.key, &ahead);
       const Rows value = rows_of_keys<T>(s, a.prefix_value, a.value, room.before, keys, width, 1.0f,
-                                         true, room.value);
+                                         true, room.value, &ahead);
       const Stack key_stack = stack_of<T>(key.data, key.stride, keys, width, room.key_stack);
       Stack value_stack{};
       if (a.grad_gate && a.gate.width != 0) {
@@ -487,8 +502,8 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
       for (int64_t i = 0; queries.count() == 0 && i < keys * width; ++i) {
         room.grad_key[i] = room.grad_value[i] = 0.0f;
       }
-      for (int64_t first = 0; first < queries.count(); first += room.block, ++part) {
-        backward_block(s, room, ahead, part, key, value, key_stack, value_stack, queries, first,
+      for (int64_t first = 0; first < queries.count(); first += room.block) {
+        backward_block(s, room, &ahead, key, value, key_stack, value_stack, queries, first,
                        smaller(room.block, queries.count() - first), keys, fits(a.grad_query));
       }
       for (int64_t i = 0; !a.grad_out.data && a.grad_query && i < a.length; ++i) {
@@ -501,6 +516,7 @@ void backward_tasks(const Arguments& a, int64_t begin, int64_t end, float* scrat
         }
         const bool around = fits(tokens);
         for (int64_t i = 0; tokens && i < a.length; ++i) {
+          ahead.step_of_row<T>(i);
           const bool real = room.before[i] != room.before[i + 1];
           const float* row = real ? rows + (a.prefixes + room.before[i]) * width : room.zeros;
           write_row(row, a.width, factor, static_cast<T*>(tokens) + s.row(i) * a.width, around);

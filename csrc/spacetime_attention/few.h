@@ -201,26 +201,22 @@ VD_INLINE Square<kN> softmax(Square<kN> scores, const Sight<kN>& sight, float sc
   return scores;
 }
 
-// visit(s, query, key, value, sight, part) for each sequence of the tasks; part counts a task's heads.
+// visit(s, query, key, value, sight, ahead) for each sequence of the tasks, which takes `steps` steps
+// ahead.
 template <int kN, typename T, typename Visit>
 VD_INLINE void for_each_few(const Arguments& a, int64_t begin, int64_t end, const FewRoom& room,
-                            const Visit& visit) {
+                            int64_t steps, const Visit& visit) {
   const int64_t heads = heads_at_once(a);
   for (int64_t task = begin; task < end; ++task) {
     Sequence s(a, task, heads);
     const int64_t end_head = smaller(s.h + heads, a.heads);
-    const Ahead<T> ahead(a, task, end, heads, end_head - s.h);
+    Ahead ahead = ahead_of<T>(a, task, end, heads, (end_head - s.h) * steps);
     const Sight<kN> sight(s);
     FewRows<kN, T> query(s, a.query, nullptr, room.zeros);
     FewRows<kN, T> key(s, a.key, sight.real, room.zeros);
     FewRows<kN, T> value(s, a.value, sight.real, room.zeros);
-    for (int64_t part = 0; s.h < end_head; ++s.h, ++part) {
-      ahead.fetch_part(a.query, part);
-      ahead.fetch_part(a.key, part);
-      ahead.fetch_part(a.value, part);
-      ahead.fetch_part(a.grad_out, part);
-      ahead.fetch_part(a.gate, part);
-      visit(s, query, key, value, sight);
+    for (; s.h < end_head; ++s.h) {
+      visit(s, query, key, value, sight, &ahead);
       query.advance(a.query, room.zeros);
       key.advance(a.key, room.zeros);
       value.advance(a.value, room.zeros);
@@ -234,17 +230,20 @@ void forward_few_of(const Arguments& a, int64_t begin, int64_t end, float* scrat
   const FewRoom room(a, scratch);
   T* const out = static_cast<T*>(a.out);
   const bool around = a.stream && can_stream(out, a.width);
+  const int64_t vectors = a.length * (a.width / kLanes);  // of a sequence
   for_each_few<kN, T>(
-      a, begin, end, room,
+      a, begin, end, room, vectors,
       [&](const Sequence& s, const auto& query, const auto& key, const auto& value,
-          const Sight<kN>& sight) {
+          const Sight<kN>& sight, Ahead* ahead) {
         const Square<kN> p = softmax(products<kN>(query.at, key.at, a.width), sight, a.scale);
         if (!a.gate.data) {
           return mix<kN, false>(p, value.at, a.length, a.width, [&](int64_t i, int64_t d, F sum) {
+            ahead->step(1);
             write_vector(out + s.row(i) * a.width + d, sum, around);
           });
         }
         mix<kN, false>(p, value.at, a.length, a.width, [&](int64_t i, int64_t d, F sum) {
+          ahead->step(1);
           store(room.grads + i * a.width + d, sum);
         });
         for (int64_t i = 0; i < a.length; ++i) {
@@ -276,18 +275,23 @@ inline void gate_gradient(const Sequence& s, int64_t i, const float* out, float*
 template <int kN, typename T>
 void backward_few_of(const Arguments& a, int64_t begin, int64_t end, float* scratch) {
   const FewRoom room(a, scratch);
-  const auto write_to = [&](void* to, const Sequence& s, float factor, const bool* real) {
+  const int64_t vectors = a.length * (a.width / kLanes);
+  const int64_t results =
+      (a.grad_query != nullptr) + (a.grad_key != nullptr) + (a.grad_value != nullptr);
+  const auto write_to = [&](void* to, const Sequence& s, float factor, const bool* real,
+                            Ahead* ahead) {
     T* const rows = static_cast<T*>(to);
     const bool around = a.stream && can_stream(rows, a.width);
     return [=, &a, &s](int64_t i, int64_t d, F sum) {
+      ahead->step(1);
       const F x = real && !real[i] ? F{} : sum * factor;
       write_vector(rows + s.row(i) * a.width + d, x, around);
     };
   };
   for_each_few<kN, T>(
-      a, begin, end, room,
+      a, begin, end, room, results * vectors,
       [&](const Sequence& s, const auto& query, const auto& key, const auto& value,
-          const Sight<kN>& sight) {
+          const Sight<kN>& sight, Ahead* ahead) {
         const Square<kN> p = softmax(products<kN>(query.at, key.at, a.width), sight, a.scale);
         const Walk<T> walk(s, a.grad_out);
         float* const out = room.grads + kN * a.width;
@@ -312,14 +316,15 @@ void backward_few_of(const Arguments& a, int64_t begin, int64_t end, float* scra
         }
         if (a.grad_query) {
           mix<kN, false>(ds, key.at, a.length, a.width,
-                         write_to(a.grad_query, s, a.scale, nullptr));
+                         write_to(a.grad_query, s, a.scale, nullptr, ahead));
         }
         if (a.grad_key) {
           mix<kN, true>(ds, query.at, a.length, a.width,
-                        write_to(a.grad_key, s, a.scale, sight.real));
+                        write_to(a.grad_key, s, a.scale, sight.real, ahead));
         }
         if (a.grad_value) {
-          mix<kN, true>(p, grad, a.length, a.width, write_to(a.grad_value, s, 1.0f, sight.real));
+          mix<kN, true>(p, grad, a.length, a.width,
+                        write_to(a.grad_value, s, 1.0f, sight.real, ahead));
         }
       });
 }

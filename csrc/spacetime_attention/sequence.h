@@ -1,6 +1,7 @@
 // A sequence of tokens, where its rows lie and what each token may see.
 #pragma once
 
+#include "common/ahead.h"
 #include "common/softmax.h"
 #include "spacetime_attention/cpu_kernels.h"
 
@@ -100,49 +101,34 @@ class Walk {
   bool even_;
 };
 
-// Asks for the rows of the next task while this one is computed, a few whole tokens at a time, lest
-// requests queue up: frames lie too far apart for the processor to foresee.
+// Asks for the rows of the task after this one, if there is one, in `steps` steps.
 template <typename T>
-class Ahead {
- public:
-  // There will be `parts` requests for each tensor.
-  Ahead(const Arguments& a, int64_t task, int64_t end, int64_t heads, int64_t parts)
-      : next_(a, smaller(task + 1, end - 1), heads),
-        heads_(smaller(heads, a.heads - next_.h)),
-        parts_(task + 1 < end ? parts : 0) {}
-
-  // Inlined, as GCC takes a function that does nothing but this for one without effect.
-  VD_INLINE void fetch_part(const Video& x, int64_t part) const {
-    if (x.data) fetch_rows<T>(x, part);
-  }
-
-  // The gate has a dtype of its own. One number a token needs no asking for.
-  VD_INLINE void fetch_part(const Gate& gate, int64_t part) const {
-    if (!gate.data || gate.width == 0) return;
-    const Video rows{gate.data, gate.batch, gate.frame, gate.patch, gate.head};
-    by_dtype(gate.dtype, [&](auto t) __attribute__((always_inline)) {
-      fetch_rows<decltype(t)>(rows, part);
-    });
-  }
-
- private:
-  template <typename E>
-  VD_INLINE void fetch_rows(const Video& x, int64_t part) const {
-    if (parts_ == 0) return;
-    const Arguments& a = next_.a;
-    for (int64_t i = part * a.length / parts_; i < (part + 1) * a.length / parts_; ++i) {
-      const E* const row = next_.template at<E>(x, i);
-      if (x.head == a.width) {
-        fetch<2>(row, heads_ * a.width);
-      } else {
-        for (int64_t h = 0; h < heads_; ++h) fetch<2>(row + h * x.head, a.width);
-      }
+Ahead ahead_of(const Arguments& a, int64_t task, int64_t end, int64_t heads, int64_t steps) {
+  Ahead ahead;
+  if (task + 1 < end) {
+    const Sequence next(a, task + 1, heads);
+    heads = smaller(heads, a.heads - next.h);
+    const int64_t frames = a.axis == Axis::kSpace ? 1 : a.frames;
+    const int64_t patches = a.axis == Axis::kTime ? 1 : a.patches;
+    const auto add = [&](const Video& x, int64_t size) {
+      if (!x.data) return;
+      const int64_t parts = x.head == a.width ? 1 : heads;  // of a token: its heads lie side by side
+      const int64_t first = next.b * x.batch + next.frame(0) * x.frame + next.patch(0) * x.patch +
+                            next.h * x.head;
+      ahead.add(static_cast<const char*>(x.data) + first * size, {frames, patches, parts},
+                {x.frame * size, x.patch * size, x.head * size}, heads / parts * a.width * size);
+    };
+    for (const Video& x : {a.query, a.key, a.value, a.grad_out}) add(x, sizeof(T));
+    // The gate has a dtype of its own. One number a token needs no asking for.
+    if (const Gate& gate = a.gate; gate.data && gate.width != 0) {
+      by_dtype(gate.dtype, [&](auto t) {
+        add({gate.data, gate.batch, gate.frame, gate.patch, gate.head}, sizeof t);
+      });
     }
   }
-
-  Sequence next_;
-  int64_t heads_, parts_;
-};
+  ahead.start(steps);
+  return ahead;
+}
 
 // Calls visit(from, to) for each stretch of columns that token i may see, in order. Prefixes, which
 // all see, are not among them.
