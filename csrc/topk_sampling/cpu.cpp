@@ -179,6 +179,10 @@ void lapsum_backward(Tensor grad, Tensor scores, int64_t k, double temperature,
   });
 }
 
+constexpr int64_t kFewTasks = 64;
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
 Gather gather_of(const Tensor& values, const Tensor& weights, const Tensor& indices) {
   Gather g{};
   g.dtype = dtype_of(values);
@@ -191,11 +195,10 @@ Gather gather_of(const Tensor& values, const Tensor& weights, const Tensor& indi
   g.values_frame = values.stride(1);
   g.weights = floats(weights);
   if (weights.dim() == 2) g.indices = static_cast<const int64_t*>(indices.const_data_ptr());
+  // Parts as long as memory likes them, as long as there are some for many threads.
+  const int64_t fair = parts(parts(g.rows * g.width, kFewTasks), kWidth) * kWidth;
+  g.part = std::max(kWidth, std::min(8 * kWidth, fair));
   return g;
-}
-
-bool is_large(const Tensor& x) {
-  return x.numel() * static_cast<int64_t>(x.element_size()) >= kStreamBytes;
 }
 
 void run(const Kernels& kernels, void (*kernel)(const Gather&, int64_t, int64_t, float*),
@@ -205,14 +208,11 @@ void run(const Kernels& kernels, void (*kernel)(const Gather&, int64_t, int64_t,
   });
 }
 
-int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 void gather(Tensor values, Tensor weights, Tensor indices, Tensor out) {
   Gather g = gather_of(values, weights, indices);
   const Kernels& kernels = VD_PICK_KERNELS(topk_sampling_kernels, g.dtype);
   g.out = out.mutable_data_ptr();
-  g.stream = is_large(out);
-  run(kernels, kernels.gather, g, g.rows * parts(g.width, kWidth), grain(g.slots * g.width));
+  run(kernels, kernels.gather, g, g.rows * parts(g.width, g.part), grain(g.slots * g.part));
 }
 
 void gather_backward(Tensor grad, Tensor values, Tensor weights, Tensor indices,
@@ -224,9 +224,8 @@ void gather_backward(Tensor grad, Tensor values, Tensor weights, Tensor indices,
   g.grad_slot = grad.stride(1);
   if (grad_values) {
     g.grad_values = grad_values->mutable_data_ptr();
-    g.stream = is_large(*grad_values);
-    run(kernels, kernels.gather_backward_values, g, g.rows * parts(g.width, kWidth),
-        grain(g.frames * g.width));
+    run(kernels, kernels.gather_backward_values, g, g.rows * parts(g.width, g.part),
+        grain(g.frames * g.part));
   }
   if (grad_weights) {
     g.grad_weights = floats(*grad_weights);

@@ -45,7 +45,7 @@ struct Gather {
   const float* weights;    // [R,K,N], or [R,N] where indices are given
   const int64_t* indices;  // [R,K]
   void* out;               // [R,K,E]
-  bool stream;             // results are too large to stay in the cache
+  int64_t part;            // of E, that one task takes
 
   // Backward.
   const void* grad;  // [R,K,E]
@@ -70,13 +70,13 @@ struct Kernels {
   void (*add_chunks)(const Choice&, int64_t begin, int64_t end);
 
   int64_t (*gather_scratch)(const Gather&);
-  // Tasks are R * ceil(E / kWidth) parts of rows, or R * ceil(N / kFrames) for the weights.
+  // Tasks are R * ceil(E / part) parts of rows, or R * ceil(N / kFrames) for the weights.
   void (*gather)(const Gather&, int64_t begin, int64_t end, float* scratch);
   void (*gather_backward_values)(const Gather&, int64_t begin, int64_t end, float* scratch);
   void (*gather_backward_weights)(const Gather&, int64_t begin, int64_t end, float* scratch);
 };
 
-constexpr int64_t kWidth = 2048;
+constexpr int64_t kWidth = 2048;  // values of all rows that lie in the cache while they are summed
 constexpr int64_t kFrames = 48;
 
 }  // namespace topk_sampling

@@ -24,14 +24,23 @@ struct Term {
 constexpr int64_t term_floats(int64_t count) { return count * (sizeof(Term) / sizeof(float)); }
 
 inline int64_t gather_scratch(const Gather& g) {
-  const int64_t rows = g.slots + topk_sampling::kFrames;
-  return term_floats(g.frames > g.slots ? g.frames : g.slots) + rows * kPitch + g.frames;
+  const int64_t terms = term_floats(g.frames > g.slots ? g.frames : g.slots) + g.frames;
+  return terms > g.slots * kPitch ? terms : g.slots * kPitch;
 }
 
 // to[0 .. width] = sum of the terms' rows, in their order.
 template <typename T>
 VD_INLINE void add_rows(const T* from, int64_t stride, const Term* terms, int64_t count,
-                        int64_t width, T* to, bool around_cache) {
+                        int64_t width, T* to) {
+  // The C library moves and clears memory without reading what it overwrites.
+  if (count == 0) {
+    std::memset(to, 0, width * sizeof(T));
+    return;
+  }
+  if (count == 1 && terms[0].weight == 1.0f) {
+    std::memcpy(to, from + terms[0].at * stride, width * sizeof(T));
+    return;
+  }
   int64_t e = 0;
   for (; e + kColumns * kLanes <= width; e += kColumns * kLanes) {
     F sum[kColumns] = {};
@@ -40,13 +49,7 @@ VD_INLINE void add_rows(const T* from, int64_t stride, const Term* terms, int64_
       const F weight = broadcast(terms[i].weight);
       for (int v = 0; v < kColumns; ++v) sum[v] = fma(weight, load(row + v * kLanes), sum[v]);
     }
-    for (int v = 0; v < kColumns; ++v) {
-      if (around_cache) {
-        stream(to + e + v * kLanes, sum[v]);
-      } else {
-        store(to + e + v * kLanes, sum[v]);
-      }
-    }
+    for (int v = 0; v < kColumns; ++v) store(to + e + v * kLanes, sum[v]);
   }
   for (; e + kLanes <= width; e += kLanes) {
     F sum = {};
@@ -92,25 +95,37 @@ struct Part {
 };
 
 VD_INLINE Part part_of(const Gather& g, int64_t task) {
-  const int64_t parts = (g.width + topk_sampling::kWidth - 1) / topk_sampling::kWidth;
-  const int64_t first = task % parts * topk_sampling::kWidth, left = g.width - first;
-  return {task / parts, first, left < topk_sampling::kWidth ? left : topk_sampling::kWidth};
+  const int64_t parts = (g.width + g.part - 1) / g.part;
+  const int64_t first = task % parts * g.part, left = g.width - first;
+  return {task / parts, first, left < g.part ? left : g.part};
+}
+
+// Calls visit(first, width) for each stretch of a part in which all sums are formed before the next
+// one's: it lies in the cache, unless no row is read twice. Then it is the whole part.
+template <typename Visit>
+VD_INLINE void for_each_stretch(const Part& part, bool read_once, const Visit& visit) {
+  const int64_t step = read_once ? part.width : topk_sampling::kWidth;
+  for (int64_t e = 0; e < part.width; e += step) {
+    visit(part.first + e, part.width - e < step ? part.width - e : step);
+  }
 }
 
 template <typename T>
 void gather_parts(const Gather& g, int64_t begin, int64_t end, float* scratch) {
   Term* terms = reinterpret_cast<Term*>(scratch);
-  const bool around = g.stream && can_stream(static_cast<T*>(g.out), g.width);
   for (int64_t task = begin; task < end; ++task) {
     const Part part = part_of(g, task);
-    const T* values = static_cast<const T*>(g.values) + part.row * g.values_row + part.first;
-    for (int64_t k = 0; k < g.slots; ++k) {
-      const int64_t count = terms_of_slot(g, part.row, k, terms);
-      T* out = static_cast<T*>(g.out) + (part.row * g.slots + k) * g.width + part.first;
-      add_rows(values, g.values_frame, terms, count, part.width, out, around);
-    }
+    const T* values = static_cast<const T*>(g.values) + part.row * g.values_row;
+    T* out = static_cast<T*>(g.out) + part.row * g.slots * g.width;
+    bool single = true;
+    for (int64_t k = 0; k < g.slots; ++k) single &= terms_of_slot(g, part.row, k, terms) <= 1;
+    for_each_stretch(part, single, [&](int64_t first, int64_t width) {
+      for (int64_t k = 0; k < g.slots; ++k) {
+        const int64_t count = terms_of_slot(g, part.row, k, terms);
+        add_rows(values + first, g.values_frame, terms, count, width, out + k * g.width + first);
+      }
+    });
   }
-  finish_streams();
 }
 
 // Slots that hold a frame, for a few frames at a time: most are in none.
@@ -119,7 +134,7 @@ class SlotsOfFrame {
   // Scratch holds N floats.
   SlotsOfFrame(const Gather& g, int64_t row, float* scratch)
       : g_(g), row_(row), used_(reinterpret_cast<int32_t*>(scratch)) {
-    // With indices a frame has one slot, else `used_` only tells whether it has any.
+    // With indices a frame has one slot, else `used_` tells how many but one it has.
     for (int64_t t = 0; t < g.frames; ++t) used_[t] = -1;
     if (g.indices) {
       for (int64_t k = 0; k < g.slots; ++k) {
@@ -130,11 +145,13 @@ class SlotsOfFrame {
     }
     const float* weights = g.weights + row * g.slots * g.frames;
     for (int64_t k = 0; k < g.slots; ++k) {
-      for (int64_t t = 0; t < g.frames; ++t) {
-        used_[t] = weights[k * g.frames + t] != 0.0f ? 0 : used_[t];
-      }
+      for (int64_t t = 0; t < g.frames; ++t) used_[t] += weights[k * g.frames + t] != 0.0f;
     }
+    for (int64_t t = 0; t < g.frames; ++t) single_ &= used_[t] <= 0;
   }
+
+  // Whether no frame is in two slots.
+  bool single() const { return single_; }
 
   int64_t find(int64_t t, Term* terms) const {
     if (used_[t] < 0) return 0;
@@ -154,59 +171,79 @@ class SlotsOfFrame {
   const Gather& g_;
   int64_t row_;
   int32_t* used_;
+  bool single_ = true;
 };
 
 template <typename T>
 void grad_values_parts(const Gather& g, int64_t begin, int64_t end, float* scratch) {
   Term* terms = reinterpret_cast<Term*>(scratch + g.frames);
-  T* const to = static_cast<T*>(g.grad_values);
-  const bool around = g.stream && can_stream(to, g.width);
   for (int64_t task = begin; task < end; ++task) {
     const Part part = part_of(g, task);
     const SlotsOfFrame slots(g, part.row, scratch);
-    const T* grad = static_cast<const T*>(g.grad) + part.row * g.grad_row + part.first;
-    for (int64_t t = 0; t < g.frames; ++t) {
-      const int64_t count = slots.find(t, terms);
-      add_rows(grad, g.grad_slot, terms, count, part.width,
-               to + (part.row * g.frames + t) * g.width + part.first, around);
-    }
+    const T* grad = static_cast<const T*>(g.grad) + part.row * g.grad_row;
+    T* to = static_cast<T*>(g.grad_values) + part.row * g.frames * g.width;
+    for_each_stretch(part, slots.single(), [&](int64_t first, int64_t width) {
+      for (int64_t t = 0; t < g.frames; ++t) {
+        const int64_t count = slots.find(t, terms);
+        add_rows(grad + first, g.grad_slot, terms, count, width, to + t * g.width + first);
+      }
+    });
   }
-  finish_streams();
 }
 
-template <int kRows, int kOthers>
-VD_INLINE void dots(const float* a, const float* b, int64_t stride, int64_t n, float* to,
+// Of so many slots and frames products are formed in registers.
+constexpr int kSlotsAtOnce = kLanes == 16 ? 8 : 4, kFramesAtOnce = kLanes == 16 ? 3 : 2;
+
+// to[i,j] += <a_i, b_j> over n values, a multiple of kLanes. Rows after these b are asked for.
+template <int kRows, int kOthers, typename T>
+VD_INLINE void dots(const float* a, const T* b, int64_t stride, int64_t n, float* to,
                     int64_t to_stride) {
   F sum[kRows][kOthers] = {};
   for (int64_t e = 0; e < n; e += kLanes) {
     F other[kOthers];
-    for (int j = 0; j < kOthers; ++j) other[j] = load(b + j * stride + e);
-    for (int i = 0; i < kRows; ++i) {
-      const F x = load(a + i * stride + e);
-      for (int j = 0; j < kOthers; ++j) sum[i][j] = fma(x, other[j], sum[i][j]);
+    VD_UNROLL for (int j = 0; j < kOthers; ++j) {
+      other[j] = load(b + j * stride + e);
+      __builtin_prefetch(b + (j + kOthers) * stride + e);
+    }
+    VD_UNROLL for (int i = 0; i < kRows; ++i) {
+      const F x = load(a + i * kPitch + e);
+      VD_UNROLL for (int j = 0; j < kOthers; ++j) sum[i][j] = fma(x, other[j], sum[i][j]);
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kOthers; ++j) to[i * to_stride + j] += reduce_add(sum[i][j]);
+  VD_UNROLL for (int i = 0; i < kRows; ++i) {
+    VD_UNROLL for (int j = 0; j < kOthers; ++j) to[i * to_stride + j] += reduce_add(sum[i][j]);
   }
 }
 
-// to[i,j] += <a_i, b_j> for rows of n floats, a multiple of kLanes, `stride` apart.
-inline void add_products(const float* a, int64_t rows, const float* b, int64_t others,
-                         int64_t stride, int64_t n, float* to, int64_t to_stride) {
-  int64_t j = 0;
-  for (; j + 3 <= others; j += 3) {
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4) {
-      dots<4, 3>(a + i * stride, b + j * stride, stride, n, to + i * to_stride + j, to_stride);
-    }
-    for (; i < rows; ++i) {
-      dots<1, 3>(a + i * stride, b + j * stride, stride, n, to + i * to_stride + j, to_stride);
-    }
+template <int kOthers, typename T>
+VD_INLINE void dots_of_slots(const float* a, int64_t slots, const T* b, int64_t stride, int64_t n,
+                             float* to, int64_t to_stride) {
+  int64_t i = 0;
+  for (; i + kSlotsAtOnce <= slots; i += kSlotsAtOnce) {
+    dots<kSlotsAtOnce, kOthers>(a + i * kPitch, b, stride, n, to + i * to_stride, to_stride);
   }
-  for (; j < others; ++j) {
-    for (int64_t i = 0; i < rows; ++i) {
-      dots<1, 1>(a + i * stride, b + j * stride, stride, n, to + i * to_stride + j, to_stride);
+  for (; i < slots; ++i) {
+    dots<1, kOthers>(a + i * kPitch, b, stride, n, to + i * to_stride, to_stride);
+  }
+}
+
+// to[i,j] += <a_i, b_j> for rows of n values: floats a that lie kPitch apart, and b `stride` apart.
+template <typename T>
+VD_INLINE void add_products(const float* a, int64_t slots, const T* b, int64_t frames,
+                            int64_t stride, int64_t n, float* to, int64_t to_stride) {
+  const int64_t whole = n / kLanes * kLanes;
+  int64_t j = 0;
+  for (; j + kFramesAtOnce <= frames; j += kFramesAtOnce) {
+    dots_of_slots<kFramesAtOnce>(a, slots, b + j * stride, stride, whole, to + j, to_stride);
+  }
+  for (; j < frames; ++j) {
+    dots_of_slots<1>(a, slots, b + j * stride, stride, whole, to + j, to_stride);
+  }
+  for (int64_t i = 0; whole < n && i < slots; ++i) {
+    for (j = 0; j < frames; ++j) {
+      float sum = 0.0f;
+      for (int64_t e = whole; e < n; ++e) sum += a[i * kPitch + e] * widen(b[j * stride + e]);
+      to[i * to_stride + j] += sum;
     }
   }
 }
@@ -215,8 +252,6 @@ template <typename T>
 void grad_weights_parts(const Gather& g, int64_t begin, int64_t end, float* scratch) {
   using topk_sampling::kFrames;
   const int64_t parts = (g.frames + kFrames - 1) / kFrames;
-  float* grads = scratch;
-  float* values = scratch + g.slots * kPitch;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / parts, first = task % parts * kFrames;
     const int64_t frames = g.frames - first < kFrames ? g.frames - first : kFrames;
@@ -230,21 +265,18 @@ void grad_weights_parts(const Gather& g, int64_t begin, int64_t end, float* scra
       const int64_t width = g.width - e < kDepth ? g.width - e : kDepth;
       if (!g.indices) {
         for (int64_t k = 0; k < g.slots; ++k) {
-          load_row(grad + k * g.grad_slot + e, width, grads + k * kPitch);
+          load_row(grad + k * g.grad_slot + e, width, scratch + k * kPitch);
         }
-        for (int64_t t = 0; t < frames; ++t) {
-          load_row(from + (first + t) * g.values_frame + e, width, values + t * kPitch);
-        }
-        add_products(grads, g.slots, values, frames, kPitch, round_up(width, kLanes), to, g.frames);
+        add_products(scratch, g.slots, from + first * g.values_frame + e, frames, g.values_frame,
+                     width, to, g.frames);
         continue;
       }
       for (int64_t k = 0; k < g.slots; ++k) {
         const int64_t t = g.indices[row * g.slots + k];
         if (t < first || t >= first + frames) continue;
-        load_row(grad + k * g.grad_slot + e, width, grads);
-        load_row(from + t * g.values_frame + e, width, values);
-        add_products(grads, 1, values, 1, kPitch, round_up(width, kLanes), to + t - first,
-                     g.frames);
+        load_row(grad + k * g.grad_slot + e, width, scratch);
+        add_products(scratch, 1, from + t * g.values_frame + e, 1, g.values_frame, width,
+                     to + t - first, g.frames);
       }
     }
   }
