@@ -102,6 +102,14 @@ def study(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write page and plots of the results there are.")
     ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of trainings' matrix products, fp32 or bf16: give it to compare results of "
+            "different processors.",
+            show_default="bf16 where the processor multiplies it",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
 ) -> None:
     """Train and test VideoDistill and its controls alike; a killed run goes on."""
@@ -110,8 +118,8 @@ def study(
 
     say = _stopwatch()
     if report_only:
-        if arms is not None or seeds is not None:
-            raise UserError("--report-only shows all results: drop --arms and --seeds")
+        if any(option is not None for option in (arms, seeds, precision)):
+            raise UserError("--report-only shows all results: drop --arms, --seeds and --precision")
         files = write_report(out, recipe=StudyRecipe(), arms=ARMS)
     else:
         files = run_study(
@@ -119,6 +127,7 @@ def study(
             out,
             arms=None if arms is None else [name.strip() for name in arms.split(",")],
             seeds=None if seeds is None else _numbers(seeds),
+            precision=precision,
             workers=workers,
             log=say,
         )

@@ -6,8 +6,9 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,12 @@ class HeadRecipe:
     bf16: bool | None = None
     """Matrix products in bfloat16; None: where the processor has instructions for them."""
     seed: int = 5
+
+    def schedule(self) -> dict[str, Any]:
+        """All but the precision, which the processor may decide."""
+        settings = asdict(self)
+        del settings["bf16"]
+        return settings
 
 
 @dataclass

@@ -42,7 +42,7 @@ from videodistill.data.procedural.questions import ANSWERS, CHOICES
 from videodistill.data.procedural.read import load_questions
 from videodistill.data.procedural.world import DATA_VERSION
 from videodistill.encoders import ImageTextEncoder, load_encoder
-from videodistill.engine.checks import ASSETS
+from videodistill.engine.checks import ASSETS, check_precision
 from videodistill.errors import UserError
 from videodistill.evaluation.blind import question_only
 from videodistill.evaluation.predict import stretch_around_best
@@ -227,6 +227,7 @@ def run_study(
     recipe: StudyRecipe | None = None,
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    precision: str | None = None,
     workers: int = 2,
     log: Callable[[str], None] = print,
 ) -> list[Path]:
@@ -238,6 +239,8 @@ def run_study(
         recipe: What the arms have in common; the study's own when None.
         arms: Names in :data:`ARMS`; all when None.
         seeds: Those of the recipe when None.
+        precision: "fp32" or "bf16", of trainings' matrix products; the recipe's when None, which
+            leaves it to the processor.
         workers: Processes of one thread each.
         log: Called with lines of progress.
 
@@ -245,9 +248,13 @@ def run_study(
         The files of the report.
 
     Raises:
-        UserError: An arm is unknown, a folder cannot be written, or ``work`` holds other data.
+        UserError: An arm or the precision is unknown, a folder cannot be written, or ``work`` holds
+            other data.
     """
     recipe = recipe or StudyRecipe()
+    if precision is not None:
+        bf16 = check_precision(precision) == "bf16"
+        recipe = replace(recipe, head=replace(recipe.head, bf16=bf16))
     arms = list(ARMS if arms is None else dict.fromkeys(arms))
     unknown = [name for name in arms if name not in ARMS]
     if unknown:
@@ -314,21 +321,22 @@ class _Run:
         """As JSON gives it back. What decides tests alone is not in it.
 
         Of the recipe's phases there is what the arm makes of them: those of guided arms are
-        nothing to the others, as long as all take as many steps.
+        nothing to the others, as long as all take as many steps. Of the precision there is what
+        it comes to, whoever decided it.
         """
         study = asdict(self.recipe)
         for name in ("picks", "offered", "seeds", "head"):
             del study[name]
+        products = cpu_product_dtype(self.recipe.head.bf16)
         return _as_json(
             {
                 "study": study | {"data_version": DATA_VERSION, "encoder": _fingerprint()},
                 "arm": ARMS[self.arm].settings,
-                "head": asdict(self.head),
+                "head": self.head.schedule(),
                 "seed": self.seed,
                 "rate": self.rate,
                 "share": self.share,
-                # The processor's, unless the recipe says which.
-                "products": str(cpu_product_dtype(self.recipe.head.bf16)).removeprefix("torch."),
+                "products": str(products).removeprefix("torch."),
             }
         )
 

@@ -66,10 +66,10 @@ def load_results(out: Path, recipe: StudyRecipe, arms: Mapping[str, Arm]) -> tup
         head = record["settings"].get("head")
         if head is None:  # before schedules were noted
             continue
-        schedule = replace(
+        expected = replace(
             arm.head(recipe.head), learning_rate=head["learning_rate"], seed=head["seed"]
         )
-        if head == _as_json(asdict(schedule)):
+        if head == _as_json(expected.schedule()):
             common = json.dumps(record["settings"]["study"], sort_keys=True)
             groups.setdefault(common, []).append(record)
     own = _as_json(asdict(recipe))
@@ -110,9 +110,9 @@ def study_page(
         "test splits are opened once, after training. Videos are of the procedural benchmark, "
         "with a prior of answers that depends on the question's words and is reversed in "
         "`test-reversed`. *Guided* arms learn from the generator's evidence; the others spend "
-        "those steps on answering alone. Matrix products of training are formed in bfloat16 where "
-        "the processor has instructions for it, else in float32. Numbers are means over seeds ± "
-        "their standard deviation.",
+        "those steps on answering alone. Matrix products of training are formed in what each arm's "
+        "line says: `--precision`, or else bfloat16 where the processor has instructions for it. "
+        "Numbers are means over seeds ± their standard deviation.",
         _state(records, found, others),
         "## What was claimed, and what was found",
         "Points of percent, over the seeds of both sides. *Confirmed*: the margin is at least what "

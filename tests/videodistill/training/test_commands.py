@@ -145,13 +145,22 @@ def test_study_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(study_module, "run_study", run)
     given = ["--work", str(tmp_path), "--arms", "mean, soft", "--seeds", "4,5", "--workers", "3"]
+    given += ["--precision", "fp32"]
     result = CliRunner().invoke(app, ["study", *given])
     assert result.exit_code == 0, result.output
     assert "the report is in docs/study.md" in result.stdout
     assert CliRunner().invoke(app, ["study"]).exit_code == 0
     assert calls == [
-        (tmp_path, Path("docs"), {"arms": ["mean", "soft"], "seeds": [4, 5], "workers": 3}),
-        (Path("runs/study"), Path("docs"), {"arms": None, "seeds": None, "workers": 2}),
+        (
+            tmp_path,
+            Path("docs"),
+            {"arms": ["mean", "soft"], "seeds": [4, 5], "precision": "fp32", "workers": 3},
+        ),
+        (
+            Path("runs/study"),
+            Path("docs"),
+            {"arms": None, "seeds": None, "precision": None, "workers": 2},
+        ),
     ]
     out = str(tmp_path / "out")
     result = CliRunner().invoke(app, ["study", "--report-only", "--out", out])
@@ -166,7 +175,8 @@ def test_study_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--seeds", "1,b"], "seeds '1,b': give numbers"),
         (["--seeds", "1,-2"], "seeds '1,-2': give numbers"),
         (["--arms", "none"], "arm 'none' is not known"),
-        (["--report-only", "--arms", "mean"], "drop --arms and --seeds"),
+        (["--precision", "fp16"], "precision 'fp16': use one of fp32, bf16"),
+        (["--report-only", "--arms", "mean"], "drop --arms, --seeds and --precision"),
     ],
 )
 def test_study_refuses(given: list[str], said: str, tmp_path: Path) -> None:

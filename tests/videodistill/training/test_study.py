@@ -152,6 +152,11 @@ def test_settings_name_what_decides_a_training(monkeypatch):
         names.append(run.name)
     monkeypatch.undo()
     assert here in names and names[0] != names[1]
+    given = [
+        replace(run, recipe=replace(TINY, head=replace(TINY.head, bf16=bf16))).name
+        for bf16 in (True, False)
+    ]
+    assert given == names, "who decided the precision is nothing to a result"
     assert run.name == replace(run, recipe=replace(TINY, picks=(9,), seeds=(5,))).name
     others = [
         replace(run, seed=2),

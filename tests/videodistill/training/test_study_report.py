@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def made_up(arm: str, seed: int, accuracy: float, **changes) -> dict:
         "settings": {
             "study": study,
             "arm": ARMS[arm].settings,
-            "head": json.loads(json.dumps(asdict(ARMS[arm].head(RECIPE.head)))),
+            "head": json.loads(json.dumps(ARMS[arm].head(RECIPE.head).schedule())),
             "rate": 0.002,
             "products": "bfloat16",
         },
