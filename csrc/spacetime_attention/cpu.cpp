@@ -143,13 +143,14 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_prefix_out, Tensor query, T
   const Summed prefix_query_sums(grad_prefix_query, grad_prefix_out.has_value(), prefixes);
   const Summed prefix_key_sums(grad_prefix_key, true, prefixes);
   const Summed prefix_value_sums(grad_prefix_value, true, prefixes);
+  a.grad_gate_narrow = grad_gate && dtype_of(*grad_gate) != Dtype::kFloat;
   const Summed gate_sums(
-      grad_gate, grad_out.has_value(),
+      a.grad_gate_narrow ? MaybeTensor() : grad_gate, grad_out.has_value(),
       {a.batch, a.frames, a.patches, a.heads, a.gate.width == 0 ? 1 : a.width});
   a.grad_prefix_query = prefix_query_sums.data();
   a.grad_prefix_key = prefix_key_sums.data();
   a.grad_prefix_value = prefix_value_sums.data();
-  a.grad_gate = gate_sums.data();
+  a.grad_gate = a.grad_gate_narrow ? pointer(grad_gate) : gate_sums.data();
   const Kernels& kernels = VD_PICK_KERNELS(spacetime_attention_kernels, a.dtype);
   parallel(kernels.tasks(a), 1, [&](int64_t begin, int64_t end) {
     kernels.backward(a, begin, end, scratch(kernels.backward_scratch(a)));

@@ -375,10 +375,10 @@ void differentiate_gate(const Sequence& s, const GradientRoom<T>& room, const St
   const Left weights = over_rows<T>(room.weights, keys, room.block, rows, room.left);
   sum_values(a, room, weights, value, rows, keys);
   for (int64_t i = 0; i < smaller(rows, tokens - first); ++i) {
-    const float* out = room.result + i * room.width;
+    float* out = room.result + i * room.width;
     load_row(s.at<T>(a.grad_out, first + i), a.width, room.grad_out);
-    float* to = a.grad_gate + s.row(first + i) * a.width;
-    for (int64_t d = 0; d < a.width; ++d) to[d] = room.grad_out[d] * out[d] * room.shares[i];
+    multiply(out, 1.0f, room.grad_out, round_up(a.width, kLanes), out);
+    write_gate_row<T>(s, first + i, out, room.shares[i]);
   }
 }
 
@@ -398,7 +398,7 @@ void differentiate_softmax(const Sequence& s, const GradientRoom<T>& room, int64
     mean *= share;
     if (a.grad_gate && a.gate.width == 0) {
       for (int lane = 0; lane < smaller(kLanes, tokens - first - i); ++lane) {
-        a.grad_gate[s.row(first + i + lane)] = mean[lane];
+        static_cast<float*>(a.grad_gate)[s.row(first + i + lane)] = mean[lane];
       }
     }
     const F factor = share * load(room.factors + i);

@@ -51,12 +51,14 @@ struct Arguments {
   void* out;         // [B,T,S,H,D]
   void* prefix_out;  // [B,G,P,H,D]
 
-  // Backward. Gradients of prefixes and gate are floats, not yet summed where those are broadcast.
+  // Backward. Gradients of prefixes and gate are floats, not yet summed where those are broadcast, but
+  // for `grad_gate_narrow`: the gate's are of the dtype of all others.
   Video grad_out;
   Prefix grad_prefix_out;
   void *grad_query, *grad_key, *grad_value;                          // [B,T,S,H,D]
   float *grad_prefix_query, *grad_prefix_key, *grad_prefix_value;  // [B,G,P,H,D]
-  float* grad_gate;  // [B,T,S,H,D], or [B,T,S,H] for a gate whose width is 0
+  void* grad_gate;  // [B,T,S,H,D], or [B,T,S,H] for a gate whose width is 0
+  bool grad_gate_narrow;
 };
 
 struct Kernels {

@@ -257,16 +257,17 @@ void forward_few_of(const Arguments& a, int64_t begin, int64_t end, float* scrat
 
 // dL/d out of token i in `grad`, and `out` where a gate needs its gradient: writes that, and applies
 // the gate to `grad`.
-inline void gate_gradient(const Sequence& s, int64_t i, const float* out, float* row, float* grad) {
+template <typename T>
+void gate_gradient(const Sequence& s, int64_t i, float* out, float* row, float* grad) {
   const Arguments& a = s.a;
   if (!a.gate.data) return;
   if (a.grad_gate && a.gate.width == 0) {
     F sum = {};
     for (int64_t d = 0; d < a.width; d += kLanes) sum = fma(load(grad + d), load(out + d), sum);
-    a.grad_gate[s.row(i)] = reduce_add(sum);
+    static_cast<float*>(a.grad_gate)[s.row(i)] = reduce_add(sum);
   } else if (a.grad_gate) {
-    float* const to = a.grad_gate + s.row(i) * a.width;
-    for (int64_t d = 0; d < a.width; d += kLanes) store(to + d, load(grad + d) * load(out + d));
+    multiply(out, 1.0f, grad, a.width, out);
+    write_gate_row<T>(s, i, out, 1.0f);
   }
   const GateRow gate = gate_of(s, i, row);
   multiply(grad, gate.factor, gate.whole ? row : nullptr, a.width, grad);
@@ -306,7 +307,7 @@ void backward_few_of(const Arguments& a, int64_t begin, int64_t end, float* scra
           if (i >= a.length) continue;
           float* const row = room.grads + i * a.width;
           load_row(walk[i], a.width, row);
-          gate_gradient(s, i, out + i * a.width, room.gate, row);
+          gate_gradient<T>(s, i, out + i * a.width, room.gate, row);
           grad[i] = row;
         }
         Square<kN> ds = products<kN>(grad, value.at, a.width);

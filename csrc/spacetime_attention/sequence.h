@@ -209,6 +209,21 @@ VD_INLINE void write_row(const float* from, int64_t n, float factor, T* to, bool
   stream_row(from, n, factor, to);
 }
 
+// Writes the gradient of token i's row of the gate: `product` of dL/d out and out, times `factor`.
+template <typename T>
+VD_INLINE void write_gate_row(const Sequence& s, int64_t i, const float* product, float factor) {
+  const Arguments& a = s.a;
+  const auto write = [&](auto* rows) {
+    write_row(product, a.width, factor, rows + s.row(i) * a.width,
+              a.stream && can_stream(rows, a.width));
+  };
+  if (a.grad_gate_narrow) {
+    write(static_cast<T*>(a.grad_gate));
+  } else {
+    write(static_cast<float*>(a.grad_gate));
+  }
+}
+
 }  // namespace spacetime_attention
 }  // namespace VD_ISA
 }  // namespace vd

@@ -75,6 +75,10 @@ def _backward_cpp(
         torch.empty(_five_dims(x).shape) if needed else None
         for x, needed in zip(prefixes_and_gate, needs[3:], strict=True)
     ]
+    whole = gate is not None and gate.shape == query.shape and gate.dtype == query.dtype
+    whole = whole and gate.shape[-1] > 1  # else it is one number a token
+    if summed[3] is not None and whole and grad_out is not None:  # nothing to be summed
+        summed[3] = torch.empty_like(summed[3], dtype=gate.dtype)
     torch.ops.vd._spacetime_attention_backward_cpp.default(
         *map(rows_contiguous, (grad_out, grad_prefix_out, query, key, value)),
         *_cpp_settings(axis, window, grid, causal, key_mask),
