@@ -305,10 +305,10 @@ def compile_launch(case: Case, launch: Launch, arch: str) -> Usage:
     )
 
 
-def disassembled(kernel: CompiledKernel, *what: str) -> str:
-    """What NVIDIA's tool tells of a kernel: "-res-usage", "-sass"."""
+def disassembled(cubin: bytes, *what: str) -> str:
+    """What NVIDIA's tool tells of compiled kernels: "-res-usage", "-sass"."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         return subprocess.check_output([tool, *what, file.name], text=True, stderr=subprocess.PIPE)
@@ -327,7 +327,8 @@ def products(kernel: CompiledKernel) -> int:
 
 
 def _of_nvidia(kernel: CompiledKernel) -> tuple[int, int, int]:
-    return *registers_and_spills(disassembled(kernel, "-res-usage")), products(kernel)
+    told = disassembled(kernel.asm["cubin"], "-res-usage")
+    return *registers_and_spills(told), products(kernel)
 
 
 def _of_amd(kernel: CompiledKernel) -> tuple[int, int, int]:

@@ -1,19 +1,21 @@
-"""What Triton kernels should take of an H200: counted in what they are compiled to, not measured.
+"""What kernels should take of an H200: counted in what they are compiled to, not measured.
 
-    python -m vd_kernels.expected                    the cases with goals, kernel by kernel
+    python -m vd_kernels.expected                    each case, kernel by kernel
     python -m vd_kernels.expected docs/kernels.md    the same, written into that document
 
 A kernel is compiled as the case would launch it, and disassembled. The text is taken for a graph:
 of each pass through a loop, and of the way around the loops, the shortest counts, so that what
 hardly ever runs (a quotient's slow path, equal keys) is left out. How often loops are passed
 through is a formula of the launch. From these counts, and the bytes of the tensors that the kernel
-is given, follow the times that no run can undercut; `Expected` has the rule.
+is given, follow the times that no run can undercut; `Expected` has the rule. Triton compiles its
+kernels, nvcc those in CUDA C++.
 """
 
 from __future__ import annotations
 
 import collections
 import heapq
+import itertools
 import math
 import re
 import sys
@@ -25,13 +27,14 @@ import torch
 import triton
 from torch import Tensor
 
-from vd_kernels import _triton
+from vd_kernels import _triton, compile_cuda
 from vd_kernels import compile_kernels as compiling
 from vd_kernels._triton import Launch
 from vd_kernels.language_gate import triton_kernels as language_gate
 from vd_kernels.spacetime_attention import triton_kernels as spacetime_attention
 from vd_kernels.topk_sampling import triton_kernels as topk_sampling
 from vd_kernels.topk_sampling.noise import LARGEST_NORMAL
+from vd_kernels.topk_sampling.op import samples_each
 
 ARCH = "sm_90"
 # An H200. Of a multiprocessor where it does not say otherwise; a clock is one of it.
@@ -47,6 +50,8 @@ SPECIAL = 16
 """Exponentials, logarithms, roots and inverses a clock, each for one thread."""
 ISSUES = 4
 """Instructions of a warp a clock."""
+DOUBLES = 2
+"""Of these, in float64."""
 DEPENDENT = 4
 """Clocks from an instruction to one that needs its result."""
 
@@ -62,6 +67,8 @@ class Count(NamedTuple):
     special: float
     operations: float
     """Multiplications and additions of tensor cores."""
+    doubles: float = 0
+    """Instructions in float64."""
 
     def plus(self, other: Count, times: float = 1) -> Count:
         return Count(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -82,8 +89,9 @@ class Text:
         starts = sorted(start for start in starts if start < len(lines))
         number = {start: block for block, start in enumerate(starts)}
         ends = [*starts[1:], len(lines)]
+        self._lines = [lines[start:end] for start, end in zip(starts, ends, strict=True)]
         self._after = [[number[i] for i in after[end - 1] if i in number] for end in ends]
-        self._counts = [_count(lines[start:end]) for start, end in zip(starts, ends, strict=True)]
+        self._counts = [_count(own) for own in self._lines]
         self._before = collections.defaultdict(list)
         reached, found = {0}, [0]
         while found:
@@ -96,11 +104,7 @@ class Text:
         self._blocks = sorted(reached)
         ends = [block for block in self._blocks if not self._after[block]]
         # Where none ends every thread, the one to whose condition the way leads does.
-        self._ends = ends or [
-            block
-            for block in self._blocks
-            if " EXIT" in lines[[*starts, len(lines)][block + 1] - 1]
-        ]
+        self._ends = ends or [block for block in self._blocks if " EXIT" in self._lines[block][-1]]
         self.loops = self._find_loops()
         """By their first block, in the order of the text: the blocks of each."""
 
@@ -126,7 +130,9 @@ class Text:
                             found += self._before[x]
         return dict(sorted(loops.items()))
 
-    def parts(self, passes: Sequence[float]) -> Iterator[tuple[float, Count]]:
+    def parts(
+        self, passes: Sequence[float], through: Sequence[str] = ()
+    ) -> Iterator[tuple[float, Count]]:
         """What a program's warp executes: how often, and what.
 
         First the shortest way from begin to end with each loop passed through once, then the
@@ -134,20 +140,48 @@ class Text:
 
         passes: For each loop, how often it is passed through: one that lies in another, for each
             pass through that. 0: the way does not lead there.
+        through: What matches instructions that the way does not lead around, unless it cannot
+            lead there, too: loops have precedence, then what comes first.
         """
         if len(passes) != len(self.loops):
             raise ValueError(f"{len(self.loops)} loops were compiled, not {len(passes)}")
         taken = [first for first, n in zip(self.loops, passes, strict=True) if n]
-        yield 1, self._way([0, *taken], self._ends, set(self._blocks))
+        wanted = self._wanted(taken, through)
+        yield 1, self._way([0, *wanted], self._ends, set(self._blocks))
         for first, n in zip(self.loops, passes, strict=True):
             body = self.loops[first]
             if n > 1:
                 times = n - 1
                 for other, m in zip(self.loops, passes, strict=True):
                     times *= m if body < self.loops[other] else 1
-                inner = [x for x in taken if x in body and x != first]
+                inner = [x for x in wanted if x in body and x != first]
                 last = [block for block in self._before[first] if block in body]
                 yield times, self._way([first, *inner], last, body)
+
+    def _wanted(self, taken: Sequence[int], through: Sequence[str]) -> list[int]:
+        """Blocks that a way leads through, of which each can be reached from those before it."""
+        left = [body for first, body in self.loops.items() if first not in taken]
+        wanted = set(taken)
+        for pattern in through:
+            for block in self._blocks:
+                if re.search(pattern, "\n".join(self._lines[block])):
+                    together = all(
+                        x in self._ahead(block) or block in self._ahead(x) for x in wanted
+                    )
+                    if together and not any(block in body for body in left):
+                        wanted.add(block)
+        return sorted(wanted)
+
+    def _ahead(self, block: int) -> set[int]:
+        """What can be reached from a block, itself included, without another pass of a loop."""
+        reached, found = {block}, [block]
+        while found:
+            x = found.pop()
+            for then in self._after[x]:
+                if then not in reached and x not in self.loops.get(then, ()):
+                    reached.add(then)
+                    found.append(then)
+        return reached
 
     def _way(self, through: Sequence[int], ends: Sequence[int], body: set[int]) -> Count:
         """Of the shortest way through some blocks to one of the ends, within a body."""
@@ -191,7 +225,8 @@ def _count(lines: Sequence[str]) -> Count:
         elif re.search(r"\bHMMA\.16816\.", line):
             operations += 2 * 16 * 8 * 16
     special = sum(bool(re.search(r"\bMUFU\.", line)) for line in lines)
-    return Count(len(lines), special, operations)
+    doubles = sum(bool(re.search(r"\bD(ADD|MUL|FMA|SETP|MNMX)\b", line)) for line in lines)
+    return Count(len(lines), special, operations, doubles)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,13 +293,15 @@ class Expected(NamedTuple):
 
     @property
     def times(self) -> dict[str, float]:
-        """What memory, tensor cores, special functions and the issue of instructions take."""
+        """What memory, tensor cores, special functions, float64 and the issue of instructions
+        take."""
         everywhere = self.programs * self.warps
         count = self.count
         return {
             "memory": self.bytes / BANDWIDTH * 1e6,
             "products": everywhere * count.operations / OPERATIONS * 1e6,
             "special": everywhere * count.special * 32 / (MULTIPROCESSORS * SPECIAL * CLOCK) * 1e6,
+            "float64": everywhere * count.doubles / (MULTIPROCESSORS * DOUBLES * CLOCK) * 1e6,
             "issue": everywhere * count.instructions / (MULTIPROCESSORS * ISSUES * CLOCK) * 1e6,
         }
 
@@ -292,29 +329,41 @@ class Expected(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A call that a goal is for."""
+    """A call."""
 
     name: str
     """As benchmarks name it: operator/variant/mode/dtype/sizes."""
     run: Callable[[], object]
+    cuda: bool = False
+    """Whether it is CUDA C++ kernels that run: `run` then tells how they are launched."""
 
     @property
     def title(self) -> str:
         operator, variant, mode, *_ = self.name.split("/")
-        return f"{operator} {variant} {mode}"
+        return f"{operator} {variant} {mode}" + ", CUDA" * self.cuda
+
+
+MODES = "forward", "backward"
 
 
 def cases() -> Iterator[Case]:
     yield from _attention_cases()
     sizes = "bfloat16/B16-L3152-M32-H12-D64"
-    for mode in ("forward", "backward"):
-        yield Case(f"language_gate/scalar/{mode}/{sizes}", lambda mode=mode: _gate(mode))
-    for mode in ("forward", "backward"):
-        name = f"topk_sample/perturbed/{mode}/float32/B256-n500-K16-N512"
-        yield Case(name, lambda mode=mode: _sample(mode))
-    for mode in ("forward", "backward"):
-        name = f"topk_gather/weights/{mode}/bfloat16/B8-K8-N32-E{196 * 768}"
-        yield Case(name, lambda mode=mode: _gather(mode))
+    for way in itertools.product(("scalar", "channel", "max", "mean"), MODES):
+        yield Case(f"language_gate/{'/'.join(way)}/{sizes}", lambda way=way: _gate(*way))
+    for way in itertools.product(("perturbed", "gumbel", "lapsum"), MODES):
+        yield Case(_sampling(*way), lambda way=way: _sample(*way))
+    yield Case(_sampling("hard", "forward"), lambda: _sample("hard", "forward"))
+    for way in itertools.product(("weights", "soft-set"), MODES):
+        name = f"topk_gather/{'/'.join(way)}/bfloat16/B8-K8-N32-E{196 * 768}"
+        yield Case(name, lambda way=way: _gather(*way))
+    for way in (*(("perturbed", mode) for mode in MODES), ("gumbel", "backward")):
+        yield Case(_sampling(*way), lambda way=way: _sample_cuda(*way), cuda=True)
+
+
+def _sampling(method: str, mode: str) -> str:
+    many = f"n{SAMPLES}-" * (method == "perturbed")
+    return f"topk_sample/{method}/{mode}/float32/B{ROWS}-{many}K{SLOTS}-N{FRAMES}"
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -350,31 +399,50 @@ def _attend(variant: str, mode: str, patches: int) -> None:
         spacetime_attention.backward(_meta(*shape), None, *shared, needs)
 
 
-def _gate(mode: str) -> None:
+def _gate(variant: str, mode: str) -> None:
     query, value, grad = (_meta(16, 3152, 12, 64) for _ in range(3))
-    shared = query, _meta(16, 32, 12, 64), value, None, None, _meta(12), 0.125, "softmax"
+    channel = variant == "channel"
+    # A tensor of its own, not the key: its bytes count, too.
+    gate_value = _meta(16, 32, 12, 64) if channel else None
+    bias = _meta(12, 64) if channel else _meta(12)
+    reduction = variant if variant in ("max", "mean") else "softmax"
+    shared = query, _meta(16, 32, 12, 64), value, gate_value, None, bias, 0.125, reduction
     if mode == "forward":
         language_gate.forward(*shared, False)
     else:
-        language_gate.backward(grad, None, *shared, (True, True, True, False, True))
+        language_gate.backward(grad, None, *shared, (True, True, True, channel, True))
 
 
-ROWS, FRAMES, SLOTS, SIGMA = 256, 512, 16, 2.0**-4
+ROWS, FRAMES, SLOTS, SAMPLES, SIGMA = 256, 512, 16, 500, 2.0**-4
 
 
-def _sample(mode: str) -> None:
+def _sample(method: str, mode: str) -> None:
     scores, indices = _floats(ROWS, FRAMES), _meta(ROWS, SLOTS, dtype=torch.int64)
-    draws = SIGMA, 500, _meta(dtype=torch.int64), 0, None, "time", "exact"
-    if mode == "forward":
-        topk_sampling.perturbed(scores, SLOTS, *draws)
-    else:
-        grad = _floats(ROWS, SLOTS, FRAMES)
-        topk_sampling.perturbed_backward(grad, scores, indices, *draws)
+    grad = _floats(ROWS, FRAMES) if method == "lapsum" else _floats(ROWS, SLOTS, FRAMES)
+    draw = _meta(dtype=torch.int64), 0, None
+    many = SIGMA, SAMPLES, *draw, "time", "exact"
+    run = getattr(topk_sampling, method if mode == "forward" else f"{method}_backward")
+    given = {
+        ("hard", "forward"): (scores, SLOTS, "time"),
+        ("perturbed", "forward"): (scores, SLOTS, *many),
+        ("perturbed", "backward"): (grad, scores, indices, *many),
+        ("gumbel", "forward"): (scores, SLOTS, 1.0, *draw, "time"),
+        ("gumbel", "backward"): (grad, scores, indices, 1.0, *draw),
+        ("lapsum", "forward"): (scores, SLOTS, 1.0, "time"),
+        ("lapsum", "backward"): (grad, scores, SLOTS, 1.0),
+    }
+    run(*given[method, mode])
 
 
-def _gather(mode: str) -> None:
+def _sample_cuda(method: str, mode: str) -> list[compile_cuda.Launch]:
+    part = method if mode == "forward" else f"{method}_backward"
+    return compile_cuda.launches(part, ROWS, FRAMES, SLOTS, SAMPLES)
+
+
+def _gather(variant: str, mode: str) -> None:
     values, grad = _meta(8, 32, 196 * 768), _meta(8, 8, 196 * 768)
-    weights, indices = _floats(8, 8, 32), _meta(8, 8, dtype=torch.int64)
+    weights = _floats(8, 8, 32) if variant == "weights" else _floats(8, 32)
+    indices = _meta(8, 8, dtype=torch.int64)
     if mode == "forward":
         topk_sampling.gather(values, weights, indices)
     else:
@@ -399,8 +467,17 @@ HELD = 4
 its 32 frames for 8 slots, a mean of 1 for each frame."""
 
 
-def ways(launch: Launch) -> list[tuple[float, tuple[float, ...]]]:
-    """Share of the programs that go a way, and how often they pass through the kernel's loops."""
+class Way(NamedTuple):
+    """How some of a kernel's programs go through its text; see `Text.parts`."""
+
+    share: float
+    """Of the programs."""
+    passes: tuple[float, ...]
+    through: tuple[str, ...] = ()
+
+
+def ways(launch: Launch, held: int) -> list[Way]:
+    """The ways of a kernel of Triton."""
     kernel, programs, arguments, settings = launch
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | settings
 
@@ -419,7 +496,9 @@ def ways(launch: Launch) -> list[tuple[float, tuple[float, ...]]]:
     elif kernel is language_gate.sum_kernel:
         passes = (times(given["chunks"], "AT_ONCE"),)
     elif kernel is topk_sampling.choice_kernel:
-        passes = (ROUNDS,)
+        passes = (ROUNDS,) if given["weights"] is None else (ROUNDS, given["K"])
+    elif kernel is topk_sampling.sample_kernel and settings["FEW"] == settings["BLOCK_N"]:
+        passes = (given["each"] * settings["BLOCK_N"] / settings["TILE"], ROUNDS)
     elif kernel is topk_sampling.sample_kernel:
         few, reachable = settings["FEW"], _reachable()
         shares = [(reachable <= few), (reachable > few) & (reachable <= 2 * few)]
@@ -428,65 +507,153 @@ def ways(launch: Launch) -> list[tuple[float, tuple[float, ...]]]:
         for i, frames in enumerate((few, 2 * few, settings["BLOCK_N"])):
             passes = [0.0] * 6
             passes[2 * i : 2 * i + 2] = given["each"] * frames / settings["TILE"], ROUNDS
-            found.append((shares[i].double().mean().item(), tuple(passes)))
-        return [(share, passes) for share, passes in found if share]
+            found.append(Way(shares[i].double().mean().item(), tuple(passes)))
+        return [way for way in found if way.share]
     elif kernel is topk_sampling.gradient_kernel:
         # The first loop, over 256 samples at a time, was unrolled four times.
         passes = (given["samples"] // 1024, times(given["samples"], "SAMPLES"))
+    elif kernel is topk_sampling.gumbel_backward_kernel:
+        passes = (given["K"],)
+    elif kernel is topk_sampling.lapsum_kernel:
+        passes = (64,)
     elif kernel is topk_sampling.entries_kernel:
         passes = (times(given["N"], "BLOCK"),)
+    elif kernel is topk_sampling.gather_kernel and given["SOFT"]:
+        return [Way(1.0, (), ("LDG",))]  # each slot has its frame
     elif kernel is topk_sampling.gather_kernel:
-        passes = (HELD,)
+        passes = (held,)
+    elif kernel is topk_sampling.gather_values_kernel and given["SOFT"]:
+        share = given["K"] / given["N"]  # in one slot, the others in none
+        return [Way(share, (1,)), Way(1 - share, (0,))]
     elif kernel is topk_sampling.gather_values_kernel:
-        passes = (HELD * given["K"] / given["N"],)
+        passes = (held * given["K"] / given["N"],)
+    elif kernel is topk_sampling.gather_shares_kernel:
+        passes = (times(given["size"] * given["UNIT"], "BLOCK_E"),)
     elif kernel is topk_sampling.gather_weights_kernel:
         passes = (given["each"],)
     else:
         passes = ()
-    return [(1.0, passes)]
+    return [Way(1.0, passes)]
 
 
-def moved(launch: Launch) -> int:
-    """Bytes of the tensors that a kernel is given, each once."""
+def moved(launch: Launch, held: int) -> int:
+    """Bytes of the tensors that a kernel is given, each once; of frames that are gathered, only
+    those that a slot may hold."""
     tensors = {id(x): x for x in launch.arguments if isinstance(x, Tensor)}
-    return sum(x.numel() * x.element_size() for x in tensors.values())
+    total = sum(x.numel() * x.element_size() for x in tensors.values())
+    given = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.settings
+    if launch.kernel in (topk_sampling.gather_kernel, topk_sampling.gather_shares_kernel):
+        values, each = given["values"], held if not given.get("SOFT", True) else 1
+        left = max(0, given["N"] - each * given["K"])
+        total -= values.numel() * values.element_size() * left // given["N"]
+    return total
 
 
 def expect(case: Case) -> Iterator[Expected]:
+    if case.cuda:
+        yield from map(_expect_cuda, case.run())
+        return
     with _triton.recorded(ARCH) as launches:
         case.run()
-    for launch in launches:
-        compiled = compiling.compiled(launch, ARCH)
-        told = compiling.disassembled(compiled, "-res-usage", "-sass")
-        registers, spills = compiling.registers_and_spills(told)
-        text = Text(told)
-        parts = [
-            (share, times, count)
-            for share, passes in ways(launch)
-            for times, count in text.parts(passes)
+    yield from map(expect_launch, launches)
+
+
+def expect_launch(launch: Launch, held: int = HELD) -> Expected:
+    """Of a kernel of Triton.
+
+    held: Frames with a weight in each slot of `topk_gather`.
+    """
+    compiled = compiling.compiled(launch, ARCH)
+    told = compiling.disassembled(compiled.asm["cubin"], "-res-usage", "-sass")
+    registers, spills = compiling.registers_and_spills(told)
+    text = Text(told)
+    parts = [
+        (share, times, count)
+        for share, passes, through in ways(launch, held)
+        for times, count in text.parts(passes, through)
+    ]
+    return Expected(
+        launch.kernel.__name__.removesuffix("_kernel"),
+        launch.programs,
+        launch.settings["num_warps"],
+        registers,
+        spills,
+        compiled.metadata.shared,
+        compiling.products(compiled),
+        moved(launch, held),
+        tuple(parts),
+    )
+
+
+DRAWN = r"-0x2daee0ad\b"
+"""In what draws noise: where a CUDA kernel may also be given it."""
+
+
+def ways_cuda(launch: compile_cuda.Launch) -> list[Way]:
+    """The ways of a CUDA kernel: a warp goes where one of its lanes has to."""
+    if launch.kernel == "choice":  # loops by score, of bisection, and of slots that stay empty
+        return [Way(1.0, (0, ROUNDS, 0, 0))]
+    if launch.kernel.startswith("sample"):
+        # Each with a loop by score and one of bisection: of all frames, 128 or less, 64 or less.
+        groups = math.ceil(SAMPLES / samples_each(ROWS, SAMPLES))
+        passes, none = (SAMPLES / groups, 0, ROUNDS), (0, 0, 0)
+        few = (_reachable() <= 64).double().mean().item()
+        through = DRAWN, "REDG" if launch.kernel == "sample counts" else "LDG"
+        return [
+            Way(few, (*none, *none, *passes), through),
+            Way(1 - few, (*none, *passes, *none), through),
         ]
-        yield Expected(
-            launch.kernel.__name__.removesuffix("_kernel"),
-            launch.programs,
-            launch.settings["num_warps"],
-            registers,
-            spills,
-            compiled.metadata.shared,
-            compiling.products(compiled),
-            moved(launch),
-            tuple(parts),
-        )
+    if launch.kernel == "gradient":
+        # Loops over gains, for their mean, and over samples. Of the gains some lanes have 15, of
+        # which they take 3 one by one, the others 16, which they take at once.
+        together = compile_cuda.constant("kTogether")
+        return [Way(1.0, (SAMPLES // 32 % 4, 1, SAMPLES / together), (DRAWN,))]
+    if launch.kernel == "gumbel_backward":  # of slots, and in it of slots again, 32 at a time
+        return [Way(1.0, (SLOTS, 0), (DRAWN, r"MUFU\.EX2"))]
+    return [Way(1.0, ())]
+
+
+def _expect_cuda(launch: compile_cuda.Launch) -> Expected:
+    told = compile_cuda.told_of(launch, ARCH)
+    registers, spills = compiling.registers_and_spills(told)
+    text = Text(told)
+    parts = [
+        (share, times, count)
+        for share, passes, through in ways_cuda(launch)
+        for times, count in text.parts(passes, through)
+    ]
+    return Expected(
+        launch.kernel,
+        launch.blocks,
+        launch.warps,
+        registers,
+        spills,
+        max(0, int(re.search(r"SHARED:(\d+)", told)[1]) - RESERVED),  # the tool adds it
+        0,
+        launch.bytes,
+        tuple(parts),
+    )
 
 
 # ---------------------------------------------------------------------------------------------
 # The tables
 
 
+def compiler(case: Case) -> str:
+    """What the numbers of a case are of."""
+    used = f"nvcc {compile_cuda.version()}" if case.cuda else f"Triton {triton.__version__}"
+    return f"{used}, {ARCH}."
+
+
 def tables(found: Iterable[tuple[Case, Sequence[Expected]]]) -> Iterator[str]:
-    """As lines of Markdown: what the kernels take of a multiprocessor, and how long they take."""
-    found = list(found)
-    yield f"Triton {triton.__version__}, {ARCH}."
-    yield ""
+    """As lines of Markdown, by compiler: what the kernels take of a multiprocessor, and how long
+    they take."""
+    for name, group in itertools.groupby(found, key=lambda pair: compiler(pair[0])):
+        yield from ("", name, "")
+        yield from _tables(list(group))
+
+
+def _tables(found: list[tuple[Case, Sequence[Expected]]]) -> Iterator[str]:
     yield "| case | kernel | programs | warps | registers | shared | products | at once | " + (
         "warps at once | limited by | rounds |"
     )
@@ -495,10 +662,10 @@ def tables(found: Iterable[tuple[Case, Sequence[Expected]]]) -> Iterator[str]:
         yield from (taken(case, x) for x in kernels)
     yield ""
     yield (
-        "| case | kernel | MB | instructions of a warp | memory | products | special | issue | "
-        + ("in turn | at least | expected |")
+        "| case | kernel | MB | instructions of a warp | memory | products | special | float64 | "
+        + ("issue | in turn | at least | expected |")
     )
-    yield "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    yield "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for case, kernels in found:
         yield from timed(case, kernels)
 
@@ -519,7 +686,7 @@ def timed(case: Case, kernels: Sequence[Expected]) -> Iterator[str]:
             f"{x.in_turn:.1f} | {x.at_least:.1f} | {x.expected:.1f} |"
         )
     if len(kernels) > 1:
-        yield f"| {case.title} | together | | | | | | | | {' | '.join(_sums(kernels))} |"
+        yield f"| {case.title} | together | | | | | | | | | {' | '.join(_sums(kernels))} |"
 
 
 def _arithmetic(x: Expected) -> str:
@@ -549,6 +716,9 @@ def logged(case: Case, kernels: Sequence[Expected]) -> str:
 def main(arguments: list[str]) -> int:
     if arguments and not Path(arguments[0]).is_file():
         print(f"{arguments[0]} is no page to write the tables into", file=sys.stderr)
+        return 2
+    if compile_cuda.compiler() is None:
+        print("CUDA's compiler nvcc is not found: set NVCC to where it is", file=sys.stderr)
         return 2
     found = [(case, list(expect(case))) for case in cases()]
     if arguments:

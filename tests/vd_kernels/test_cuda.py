@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from vd_kernels import topk_sample, use_backend
-from vd_kernels.backends import LARGEST_CUDA_ROW, load_cuda_kernels
+from vd_kernels.backends import LARGEST_CUDA_ROW, load_cuda_kernels, load_triton, too_many
 from vd_kernels.testing import Check, normal, suite
+from vd_kernels.topk_sampling import op
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("choice", "sample", "share", "gradient", "gumbel_backward")
@@ -139,6 +140,38 @@ def test_emulated_kernels_choose_as_the_reference(
     if method != "hard":
         (exact,) = torch.autograd.grad(expected.weights, given, grad)
         assert (gradient - exact).abs().max() <= 1e-5 * max(1.0, exact.abs().max().item())
+
+
+# ---------------------------------------------------------------------------------------------
+# Grids
+
+
+def taken(part: str, rows: int, frames: int, slots: int, samples: int) -> bool:
+    """Whether topk_<part> does not find this too much."""
+    scores, indices = (torch.empty(rows, n, device="meta") for n in (frames, slots))
+    arguments = {
+        "hard": (scores, slots),
+        "gumbel": (scores, slots, 1.0),
+        "gumbel_backward": (scores, scores, indices, 1.0),
+        "perturbed": (scores, slots, 0.1, samples),
+        "perturbed_backward": (scores, scores, indices, 0.1, samples),
+    }
+    return not too_many(op._counts(part, arguments[part]))
+
+
+@pytest.mark.skipif(bool(load_triton()), reason=load_triton() or "is there")
+@pytest.mark.parametrize("part", [part for part, x in op.IMPLEMENTATIONS.items() if "cuda" in x])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (512, 16, 500), (1024, 1024, 1), (9, 2, 100_000)])
+def test_what_is_taken_fits_a_grid(part: str, sizes: tuple[int, int, int]) -> None:
+    from vd_kernels import compile_cuda
+
+    rows, refused = 1, 2**40
+    while refused - rows > 1:
+        middle = (rows + refused) // 2
+        rows, refused = (middle, refused) if taken(part, middle, *sizes) else (rows, middle)
+    assert rows > 2**10
+    for launch in compile_cuda.launches(part, rows, *sizes):
+        assert launch.blocks < 2**31, (rows, launch)
 
 
 # ---------------------------------------------------------------------------------------------

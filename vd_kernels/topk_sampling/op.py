@@ -258,7 +258,7 @@ def _perturbed_cuda(
         k,
         sigma,
         samples,
-        _samples_each(scores, samples),
+        samples_each(len(scores), samples),
         seed,
         row_offset,
         noise_rows(noise),
@@ -284,7 +284,7 @@ def _perturbed_backward_cuda(
 ) -> Tensor:
     if sigma <= 2.0**-150:  # 0 in float32
         return scores.new_zeros(scores.shape)
-    each, diagonal = _samples_each(scores, samples), gradient == "diagonal"
+    each, diagonal = samples_each(len(scores), samples), gradient == "diagonal"
     groups = -(-samples // each)
     rows, frames = scores.shape
     parts = scores.new_zeros((rows, groups, frames) if diagonal else (rows, samples))
@@ -314,9 +314,9 @@ def _empty_plan(scores: Tensor) -> Tensor:
     return scores.new_empty(rows, 2 * frames + 3, dtype=torch.int32)
 
 
-def _samples_each(scores: Tensor, samples: int) -> int:
+def samples_each(rows: int, samples: int) -> int:
     """How many samples of a row a warp draws: 8,192 warps are to have some, if there are enough."""
-    return min(max(1, len(scores) * samples // 8192), 64)
+    return min(max(1, rows * samples // 8192), 64)
 
 
 def _by_backend(name: str, cpp: Callable, cuda: Callable | None = None) -> dict[str, Callable]:
