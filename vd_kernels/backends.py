@@ -33,6 +33,9 @@ LARGEST_HEAD = 256
 MOST = 2**31 - 2**12
 """Programs of a launch at most, as grids are no longer; and rows or elements that kernels for GPUs
 number in 32 bits, as the last block of up to 4,096 of them may reach beyond their end."""
+MOST_PROGRAMS_OF_HIP = 2**23 - 1
+"""Programs of a launch at most on AMD's GPUs, where a grid's threads are counted in 32 bits and
+programs have up to 8 warps of 64."""
 LARGEST_ROW = 4096
 """Frames to choose from that Triton kernels take at most: a row of them lies on chip."""
 LARGEST_CUDA_ROW = 1024
@@ -219,8 +222,11 @@ def fastest(
 def too_many(counts: Mapping[str, int]) -> str:
     """Why kernels for GPUs cannot take a call with so many of something; empty when they can."""
     for what, count in counts.items():
-        if count > MOST:
-            return f"it takes up to 2^31 - 2^12 {what}, got {count}"
+        most, told = MOST, "2^31 - 2^12"
+        if what == "programs" and torch.version.hip:
+            most, told = MOST_PROGRAMS_OF_HIP, "2^23 - 1"
+        if count > most:
+            return f"it takes up to {told} {what}, got {count}"
     return ""
 
 
