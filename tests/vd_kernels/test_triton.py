@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -581,6 +582,22 @@ def test_kernels_fit_and_the_document_tells_what_they_take(
         section = text.partition(f"### {arch}")[2].partition("###")[0]
         missing = [u for u in usages if compile_kernels.row(u) not in section]
         assert not missing, "python -m vd_kernels.compile_kernels docs/kernels.md writes it anew"
+
+
+@pytest.mark.parametrize(("vectors", "scratch"), [(0, 0), (2, 0), (0, 8)])
+def test_spills_to_memory_fail_on_amd(vectors: int, scratch: int) -> None:
+    text = f"""
+    v_mfma_f32_32x32x8_bf16 v[0:15], v[0:1], v[2:3], v[0:15]
+    .private_segment_fixed_size: {scratch}
+    .sgpr_spill_count: 3
+    .vgpr_count:     40
+    .vgpr_spill_count: {vectors}
+    """
+    found = compile_kernels._of_amd(types.SimpleNamespace(asm={"amdgcn": text}))
+    assert found == (40, vectors + scratch, 3, 1)
+    usage = compile_kernels.Usage(*["some"] * 5, "gfx942", 4, *found[:3], 0, found[3])
+    assert usage.fails == bool(vectors or scratch)
+    assert f"| {vectors + scratch} + 3 |" in compile_kernels.row(usage)
 
 
 OLDEST = Path(sys.prefix) / "triton-3.6.0"

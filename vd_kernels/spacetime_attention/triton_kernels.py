@@ -790,10 +790,19 @@ _TILED_SM_90 = _TILED_SM_80 | {
     ("key", 2): _TILED_SM_80["key", 2] | {64: (Tiled(32, 64, 4, 2), Tiled(32, 64, 8, 2))},
     ("forward", 4): _TILED_SM_80["forward", 4] | {128: (Tiled(32, 16, 8, 1),) * 2},
 }
-# A warp has more registers there.
+# A thread has 512 registers there if its program has 4 warps, and 256 if it has 8.
 _WHOLE_GFX942 = _WHOLE_SM_80 | {(True, torch.float16): _WHOLE_SM_80[True, 2]}
+_TILED_GFX942 = _TILED_SM_80 | {
+    ("query", 2): _TILED_SM_80["query", 2] | {128: (Tiled(32, 32, 8, 1), Tiled(32, 32, 4, 1))},
+    ("key", 2): _TILED_SM_80["key", 2]
+    | {
+        32: (Tiled(32, 64, 4, 2), Tiled(32, 32, 4, 1)),
+        64: (Tiled(32, 64, 4, 2), Tiled(32, 32, 4, 1)),
+        128: (Tiled(32, 32, 4, 1), Tiled(16, 32, 4, 1)),
+    },
+}
 _WHOLE = {"sm_80": _WHOLE_SM_80, "sm_90": _WHOLE_SM_90, "gfx942": _WHOLE_GFX942}
-_TILED = {"sm_80": _TILED_SM_80, "sm_90": _TILED_SM_90}
+_TILED = {"sm_80": _TILED_SM_80, "sm_90": _TILED_SM_90, "gfx942": _TILED_GFX942}
 """By architecture; "sm_80" holds for every GPU that is not named. Chosen by what kernels take of a
 GPU: as many rows as leave no register spilled."""
 
