@@ -45,8 +45,10 @@ def sampled(call: Callable[[], object], seconds: float = SECONDS) -> dict[str, f
             try:
                 while time.monotonic() < end and recorder.poll() is None:
                     call()
-            finally:  # it would record for as long as this process lives
-                recorder.send_signal(signal.SIGINT)
+            except BaseException:  # it would record for as long as this process lives
+                recorder.kill()
+                raise
+            recorder.send_signal(signal.SIGINT)
         report = [perf, "report", "-i", str(data), "--stdio", "--no-children", "-n", "-q"]
         report += ["--sort", "dso,symbol", "-F", "sample,dso,symbol", "-t", "|"]
         told = subprocess.run(report, capture_output=True, text=True, errors="replace").stdout
