@@ -6,7 +6,7 @@
 namespace vd {
 namespace VD_ISA {
 
-constexpr float kHidden = -1e30f;  // a score that leaves nothing of its key, and is still finite
+constexpr float kHidden = -__FLT_MAX__;  // a score that leaves nothing of its key, and is still finite
 
 // Of kLanes columns of scores s [n, stride], each times `scale`: e^(s - max), kept in place unless
 // `keep` is false, their sum (0 where all are hidden), and the sum of e s.

@@ -43,7 +43,10 @@ Arguments arguments_of(const Tensor& query, const Tensor& key, const Tensor& val
              : a.axis == Axis::kSpace ? a.patches
                                       : a.frames * a.patches;
   a.prefixes = prefix_key ? prefix_key->size(2) : 0;
-  for (size_t i = 0; i < 3; ++i) a.window[i] = i < window.size() ? window[i] : -1;
+  // Nothing is farther away than all tokens are, and sums with a window are not to overflow.
+  for (size_t i = 0; i < 3; ++i) {
+    a.window[i] = i < window.size() ? std::min(window[i], a.frames * a.patches) : -1;
+  }
   a.columns = columns;
   a.causal = causal;
   a.real = key_mask ? static_cast<const bool*>(key_mask->const_data_ptr()) : nullptr;
@@ -63,6 +66,9 @@ Arguments arguments_of(const Tensor& query, const Tensor& key, const Tensor& val
   return a;
 }
 
+// Whether sequences have neither tokens nor prefixes: there is nothing to compute.
+bool is_empty(const Arguments& a) { return a.length + a.prefixes == 0; }
+
 void forward(Tensor query, Tensor key, Tensor value, int64_t axis, std::vector<int64_t> window,
              int64_t columns, bool causal, MaybeTensor key_mask, MaybeTensor prefix_query,
              MaybeTensor prefix_key, MaybeTensor prefix_value, MaybeTensor gate, double scale,
@@ -71,6 +77,7 @@ void forward(Tensor query, Tensor key, Tensor value, int64_t axis, std::vector<i
                              prefix_query, prefix_key, prefix_value, gate, scale);
   a.out = out.mutable_data_ptr();
   a.prefix_out = prefix_out ? prefix_out->mutable_data_ptr() : nullptr;
+  if (is_empty(a)) return;
   const Kernels& kernels = VD_PICK_KERNELS(spacetime_attention_kernels, a.dtype);
   parallel(kernels.tasks(a), 1, [&](int64_t begin, int64_t end) {
     kernels.forward(a, begin, end, scratch(kernels.forward_scratch(a)));
@@ -152,7 +159,7 @@ void backward(MaybeTensor grad_out, MaybeTensor grad_prefix_out, Tensor query, T
   a.grad_prefix_value = prefix_value_sums.data();
   a.grad_gate = a.grad_gate_narrow ? pointer(grad_gate) : gate_sums.data();
   const Kernels& kernels = VD_PICK_KERNELS(spacetime_attention_kernels, a.dtype);
-  parallel(kernels.tasks(a), 1, [&](int64_t begin, int64_t end) {
+  parallel(is_empty(a) ? 0 : kernels.tasks(a), 1, [&](int64_t begin, int64_t end) {
     kernels.backward(a, begin, end, scratch(kernels.backward_scratch(a)));
   });
   for (const Summed* sums : {&prefix_query_sums, &prefix_key_sums, &prefix_value_sums, &gate_sums}) {

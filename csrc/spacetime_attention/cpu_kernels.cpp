@@ -319,7 +319,7 @@ struct GradientRoom : Room<T> {
 };
 
 int64_t backward_scratch(const Arguments& a) {
-  if (are_few(a)) return few_scratch(a);
+  if (are_few(a) && a.grad_out.data) return few_scratch(a);
   int64_t floats = 0;
   by_own_dtype(a.dtype, [&](auto t) { floats = GradientRoom<decltype(t)>(a, nullptr).carve.used(); });
   return floats;

@@ -81,7 +81,7 @@ class Walk {
   Walk(const Sequence& s, const Video& x)
       : s_(s),
         x_(x),
-        first_(s.at<T>(x, 0)),
+        first_(s.a.length > 0 ? s.at<T>(x, 0) : nullptr),
         step_(s.a.axis == Axis::kTime ? x.frame : x.patch),
         even_(s.a.axis != Axis::kJoint || x.frame == s.a.patches * x.patch) {}
 
@@ -105,7 +105,7 @@ class Walk {
 template <typename T>
 Ahead ahead_of(const Arguments& a, int64_t task, int64_t end, int64_t heads, int64_t steps) {
   Ahead ahead;
-  if (task + 1 < end) {
+  if (task + 1 < end && a.length > 0) {
     const Sequence next(a, task + 1, heads);
     heads = smaller(heads, a.heads - next.h);
     const int64_t frames = a.axis == Axis::kSpace ? 1 : a.frames;

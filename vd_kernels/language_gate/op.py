@@ -55,7 +55,8 @@ def _backward_cpp(
         empty_like(x) if needed else None
         for x, needed in zip((query, key, value, gate_value), needs[:4], strict=True)
     ]
-    grad_bias = torch.empty(bias.shape) if needs[4] else None  # sums are in float32
+    # Sums are in float32.
+    grad_bias = bias.new_empty(bias.shape, dtype=torch.float32) if needs[4] else None
     torch.ops.vd._language_gate_backward_cpp.default(
         rows_contiguous(grad_out),
         grad_gate if gate_value is None else rows_contiguous(grad_gate),

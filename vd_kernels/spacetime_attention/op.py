@@ -39,7 +39,7 @@ def _forward_cpp(
     torch.ops.vd._spacetime_attention_cpp.default(
         *map(rows_contiguous, (query, key, value)),
         *_cpp_settings(axis, window, grid, causal, key_mask),
-        *map(rows_contiguous, (prefix_query, prefix_key, prefix_value, _five_dims(gate))),
+        *map(rows_contiguous, (prefix_query, prefix_key, prefix_value, _narrow_gate(gate))),
         scale,
         out,
         prefix_out,
@@ -72,7 +72,7 @@ def _backward_cpp(
     ]
     # Sums over groups and over what the gate is broadcast along are in float32.
     summed = [
-        torch.empty(_five_dims(x).shape) if needed else None
+        x.new_empty(_five_dims(x).shape, dtype=torch.float32) if needed else None
         for x, needed in zip(prefixes_and_gate, needs[3:], strict=True)
     ]
     whole = gate is not None and gate.shape == query.shape and gate.dtype == query.dtype
@@ -82,7 +82,7 @@ def _backward_cpp(
     torch.ops.vd._spacetime_attention_backward_cpp.default(
         *map(rows_contiguous, (grad_out, grad_prefix_out, query, key, value)),
         *_cpp_settings(axis, window, grid, causal, key_mask),
-        *map(rows_contiguous, (prefix_query, prefix_key, prefix_value, _five_dims(gate))),
+        *map(rows_contiguous, (prefix_query, prefix_key, prefix_value, _narrow_gate(gate))),
         scale,
         *grads,
         *summed,
@@ -170,6 +170,12 @@ def _cpp_settings(
 
 def _five_dims(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dim() == 5 else x[(None,) * (5 - x.dim())]
+
+
+def _narrow_gate(gate: Tensor | None) -> Tensor | None:
+    """The gate in five dimensions, and of a dtype that the kernels read."""
+    gate = _five_dims(gate)
+    return gate.float() if gate is not None and gate.dtype == torch.float64 else gate
 
 
 def _prefix_shape(query: Tensor, axis: str, prefix_query: Tensor) -> tuple[int, ...]:

@@ -169,8 +169,10 @@ def topk_gather(values: Tensor, sample: TopKSample) -> Tensor:
         [B,K,...] in values' dtype; products and sums in float32, float64 where either is float64.
 
     Raises:
-        TypeError: values not a floating tensor, sample not a TopKSample.
-        ValueError: values' leading dimensions differ from the sample's, or another device.
+        TypeError: values or the sample's weights not floating, its indices not int64, sample not a
+            TopKSample.
+        ValueError: values' leading dimensions differ from the sample's, its weights' shape does not
+            fit its indices, another device, or on a CPU an index that is not below N.
 
     Example:
         >>> import torch
@@ -209,7 +211,17 @@ def _plan_gather(values: Tensor, weights: Tensor, indices: Tensor) -> Callable:
 
 def _check_gather(values: Tensor, weights: Tensor, indices: Tensor) -> None:
     check_floating("values", values, "[B,N,...]")
-    expected = (*indices.shape[:-1], weights.shape[-1])
+    if indices.dtype != torch.int64:
+        raise TypeError(f"sample.indices must be int64, got {indices.dtype}")
+    check_floating("sample.weights", weights, "[...]")
+    check_device("sample.indices", indices, "sample.weights", weights)
+    lead, frames = indices.shape[:-1], weights.shape[-1]
+    if weights.shape not in ((*indices.shape, frames), (*lead, frames)):
+        raise ValueError(
+            f"sample.weights must have the shape [B,K,N] or [B,N] of sample.indices "
+            f"{tuple(indices.shape)}, got shape {tuple(weights.shape)}"
+        )
+    expected = (*lead, frames)
     if values.shape[: len(expected)] != expected:
         raise ValueError(
             f"values must begin with the scores' shape {expected}, got shape {tuple(values.shape)}"

@@ -77,7 +77,7 @@ def _noise(
     row_offset: int,
     device: torch.device,
 ) -> Tensor:
-    noise = torch.empty(rows, samples, frames, device=device)
+    noise = torch.empty(rows, samples, frames, dtype=torch.float32, device=device)
     for part, words in _words(rows, samples, frames, seed, row_offset, device):
         noise[part] = of_words(words)[..., :frames]
     return noise

@@ -104,7 +104,7 @@ def _perturbed_backward_cpp(
 ) -> Tensor:
     if sigma == 0:
         return torch.zeros_like(scores)
-    found = torch.empty(scores.shape)
+    found = torch.empty_like(scores, memory_format=torch.contiguous_format)
     torch.ops.vd._topk_perturbed_backward_cpp.default(
         grad.contiguous(),
         scores.contiguous(),
@@ -122,7 +122,7 @@ def _perturbed_backward_cpp(
 
 
 def _lapsum_cpp(scores: Tensor, k: int, temperature: float, order: str) -> Choice:
-    choice = torch.empty(scores.shape), *_empty_slots(scores, k)
+    choice = scores.new_empty(scores.shape), *_empty_slots(scores, k)
     wrong = torch.ops.vd._topk_lapsum_cpp.default(
         scores.contiguous(), k, temperature, order == "score", *choice
     )
@@ -130,15 +130,23 @@ def _lapsum_cpp(scores: Tensor, k: int, temperature: float, order: str) -> Choic
 
 
 def _lapsum_backward_cpp(grad: Tensor, scores: Tensor, k: int, temperature: float) -> Tensor:
-    found = torch.empty(scores.shape)
+    found = torch.empty_like(scores, memory_format=torch.contiguous_format)
     torch.ops.vd._topk_lapsum_backward_cpp.default(
         grad.contiguous(), scores.contiguous(), k, temperature, found
     )
     return found
 
 
+def _check_places(weights: Tensor, indices: Tensor) -> None:
+    """Of a soft set [R,N] memory is read by indices; of weights for slots it is by their place."""
+    frames = weights.shape[-1]
+    if weights.dim() == indices.dim() and indices.numel() and indices.max() >= frames:
+        raise ValueError(f"indices must be below {frames}, got {indices.max().item()}")
+
+
 def _gather_cpp(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    out = torch.empty(*indices.shape, values.shape[2], dtype=values.dtype)
+    _check_places(weights, indices)
+    out = values.new_empty(*indices.shape, values.shape[2])
     torch.ops.vd._topk_gather_cpp.default(
         rows_contiguous(values), weights.float().contiguous(), indices.contiguous(), out
     )
@@ -148,10 +156,11 @@ def _gather_cpp(values: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 def _gather_backward_cpp(
     grad: Tensor, values: Tensor, weights: Tensor, indices: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    _check_places(weights, indices)
     # The kernels read and write weights as floats, which cast ones are not.
     kinds = (values, values.dtype), (weights, torch.float32)
     grads = [
-        torch.empty(x.shape, dtype=dtype) if needed else None
+        x.new_empty(x.shape, dtype=dtype) if needed else None
         for (x, dtype), needed in zip(kinds, needs, strict=True)
     ]
     torch.ops.vd._topk_gather_backward_cpp.default(
