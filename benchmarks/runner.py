@@ -64,6 +64,7 @@ def measure(
         },
         budget,
         between=quiet.look,
+        beside=(_COPY,),
     )
     for name, call in calls.items():
         # What was right before the clock ran must be right after it.

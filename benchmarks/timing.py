@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -105,6 +105,7 @@ def interleaved(
     entries: Mapping[str, Callable[[int], float]],
     budget: Budget,
     between: Callable[[], Any] = lambda: None,
+    beside: Collection[str] = (),
 ) -> dict[str, Spread]:
     """Time all entries in turn, A B A B ..., each round beginning with another one.
 
@@ -112,13 +113,15 @@ def interleaved(
         entries: By name, one timed call: takes the number of the call, returns seconds.
         budget: How many rounds.
         between: Called before each round.
+        beside: Of the entries those that do another work: none is too slow for being slower.
     """
     turn = 0
     warm = {}
     for name, entry in entries.items():
         warm[name] = entry(turn)
         turn += 1
-    slow = {name for name in warm if warm[name] > budget.slow * min(warm.values())}
+    fastest = min(seconds for name, seconds in warm.items() if name not in beside)
+    slow = {name for name in warm if warm[name] > budget.slow * fastest}
     whole = sum(warm.values())
     least = budget.rounds[0] if whole < budget.seconds else budget.slow_rounds
     seconds: dict[str, list[float]] = {name: [] for name in entries}

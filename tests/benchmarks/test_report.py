@@ -324,6 +324,14 @@ def test_contestants_take_turns_and_slow_ones_sit_out() -> None:
     assert spreads["c"].rounds == 2 and spreads["a"].rounds == 5
 
 
+def test_what_does_another_work_makes_no_contestant_slow() -> None:
+    budget = Budget(seconds=60.0, rounds=(5, 5), slow=30.0, slow_rounds=2)
+    times = {"copy": 0.001, "a": 1.0, "b": 2.0, "c": 100.0}
+    entries = {name: lambda turn, x=x: x for name, x in times.items()}
+    spreads = interleaved(entries, budget, beside=("copy",))
+    assert {name: x.rounds for name, x in spreads.items()} == {"copy": 5, "a": 5, "b": 5, "c": 2}
+
+
 def test_the_command_line_selects() -> None:
     def ids(*words: str) -> list[str]:
         return [case.id for case in selected(_parser().parse_args(["run", *words]))]
